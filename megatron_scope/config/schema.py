@@ -1,0 +1,208 @@
+"""Every setting with its one default. Units are in the names: `_s` seconds, `_tokens` tokens.
+
+Settings of the paper (arXiv:2604.10688, Table 3) are the defaults where it states one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import field
+from enum import StrEnum
+from typing import Any
+
+
+class Engine(StrEnum):
+    SGLANG = "sglang"
+    EMBEDDED = "embedded"
+    REPLAY = "replay"
+
+
+class Truncated(StrEnum):
+    KEEP = "keep"
+    DROP = "drop"
+
+
+class ObjectiveName(StrEnum):
+    SCOPE = "scope"
+    OPD = "opd"
+    GRPO = "grpo"
+    KD = "kd"
+    SFT = "sft"
+
+
+class Divergence(StrEnum):
+    SAMPLED = "sampled"
+    REVERSE_KL = "reverse_kl"
+    FORWARD_KL = "forward_kl"
+    JSD = "jsd"
+
+
+class Preset(StrEnum):
+    PAPER = "paper"
+    OFFICIAL = "official"
+
+
+class Aggregation(StrEnum):
+    SEQUENCE_SUM = "sequence_sum"
+    SEQUENCE_MEAN = "sequence_mean"
+    TOKEN_MEAN = "token_mean"
+
+
+class Precision(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Recompute(StrEnum):
+    NONE = "none"
+    SELECTIVE = "selective"
+    FULL = "full"
+
+
+class Schedule(StrEnum):
+    CONSTANT = "constant"
+    COSINE = "cosine"
+    LINEAR = "linear"
+
+
+class Transport(StrEnum):
+    DISK = "disk"
+    BROADCAST = "broadcast"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    output_dir: str | None = None  # required by `train`
+    seed: int = 1234
+    steps: int = 100
+    dump_gradients: str | None = None  # write the first update's gradient here, in Hugging Face names
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    hf: str | None = None  # Hugging Face folder: config.json, safetensors, tokenizer
+    megatron: str | None = None
+    pipeline_layers: tuple[int, ...] | None = None  # layers of each pipeline stage; null spreads them evenly
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig(ModelConfig):
+    server: tuple[str, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    sequence: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    train: str | None = None  # JSON lines {id, prompt, answer, task}; for sft {prompt, response}
+    max_prompt_tokens: int = 4096
+    system_prompt: str | None = None
+    prompt_template: str | None = None  # with a {prompt} field; null uses the tokenizer's chat template
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    stop_token_ids: tuple[int, ...] | None = None  # null takes them from the model's generation config
+    shuffle: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    engine: Engine = Engine.SGLANG
+    servers: tuple[str, ...] = ()
+    file: str | None = None  # for engine=replay: rows as RUN/rollouts holds them (a file or a folder)
+    prompts_per_step: int = 256
+    samples_per_prompt: int = 8
+    max_new_tokens: int = 12288
+    temperature: float = 0.6
+    top_p: float = 1.0
+    top_k: int = -1
+    truncated: Truncated = Truncated.KEEP
+    max_concurrent_requests: int = 512  # per server
+    request_timeout_s: float = 3600.0
+    start_timeout_s: float = 900.0  # how long a server may take to become healthy
+    api_key_env: str | None = None  # environment variable that holds the servers' API key
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyConfig:
+    workers: int = 1
+    timeout_s: float = 10.0  # per answer
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    name: ObjectiveName = ObjectiveName.SCOPE
+    preset: Preset = Preset.PAPER
+    tau: float = 1.0
+    student_exponent: float = 1.0  # of PPL_S over correct responses (Eq. 4); 0 uniform, -1 reversed
+    teacher_exponent: float = -1.0  # of PPL_T over incorrect responses (Eq. 5); 0 uniform, +1 reversed
+    divergence: Divergence = Divergence.SAMPLED
+    aggregation: Aggregation = Aggregation.SEQUENCE_SUM
+    student_temperature: float = 1.0
+    teacher_temperature: float = 1.0
+    ratio_clip: float | None = None
+    kl_coefficient: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    micro_batch_tokens: int = 16384  # packed tokens of one micro-batch; one longer response stands alone
+    updates_per_batch: int = 1
+    precision: Precision = Precision.BFLOAT16
+    recompute: Recompute = Recompute.NONE
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    lr: float = 5e-5
+    schedule: Schedule = Schedule.CONSTANT
+    warmup_steps: int = 0
+    min_lr: float = 0.0  # where a cosine or linear schedule ends
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_grad: float = 1.0  # 0 turns clipping off
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 50  # steps; 0 saves none
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    temperature: float = 0.6
+    top_p: float = 0.95
+    top_k: int = 20
+    max_new_tokens: int = 32768
+    bootstrap_resamples: int = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class SyncConfig:
+    transport: Transport = Transport.DISK
+    timeout_s: float = 600.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    student: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)

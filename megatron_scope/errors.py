@@ -1,0 +1,39 @@
+"""One exception tree. Every message says what was got, what was expected and how to mend it."""
+
+
+class ScopeError(Exception):
+    """A failure that the user can act on; the command line prints its message without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(ScopeError):
+    """The configuration or the command line is wrong; raised before any work is done."""
+
+    exit_code = 2
+
+
+class DataError(ScopeError):
+    """A file that the user gave (prompts, rollouts, model folder) cannot be used as it is."""
+
+    exit_code = 2
+
+
+class RolloutError(ScopeError):
+    """A rollout server is unreachable, refuses a request or answers nonsense."""
+
+
+class SyncError(ScopeError):
+    """New weights did not reach a rollout server, or the server reports another version."""
+
+
+class ScoringError(ScopeError):
+    """A log-probability that the loss needs is missing or not finite."""
+
+
+class TrainingError(ScopeError):
+    """The loss or the gradient is not finite; the optimizer was not touched."""
+
+
+class CheckpointError(ScopeError):
+    """A checkpoint is missing, broken or belongs to another run."""

@@ -1,0 +1,126 @@
+"""The typed records that pass between the stages of a step (numpy and plain Python; no torch)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One problem, tokenised once; the same ids go to the server and to the trainer."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    answer: str
+    task: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How responses are drawn. `top_p=1` and `top_k=-1` leave the distribution whole."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """One sampled response as the engine gave it.
+
+    `output_ids` keep a matched stop token. `engine_logprobs` holds one float per output id, in nats, of the
+    temperature-scaled distribution (not renormalised by top-p or top-k).
+    """
+
+    prompt: Prompt
+    sample: int
+    output_ids: tuple[int, ...]
+    text: str
+    engine_logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    weight_version: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the verifier says of one response; `error` tells why it could not judge (then `correct` is False)."""
+
+    correct: bool
+    extracted: str | None = None
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """One verified response as the training ranks see it.
+
+    `index` is its place in the step's canonical order, `group` its prompt's. `prompt_ids` [P] and `output_ids` [R]
+    are int64; `engine_logprobs` [R] is float32 and NaN where no engine reported one.
+    """
+
+    index: int
+    group: int
+    correct: bool
+    prompt_ids: np.ndarray
+    output_ids: np.ndarray
+    engine_logprobs: np.ndarray
+
+    @property
+    def num_input_tokens(self) -> int:
+        """Tokens that the model reads: all but the last output token, which is only a target."""
+        return len(self.prompt_ids) + len(self.output_ids) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ResponseTable:
+    """What every rank knows of all N usable responses of a step, in canonical order.
+
+    `group` int64 [N], `correct` bool [N], `num_tokens` int64 [N] (response tokens), `num_input_tokens` int64 [N].
+    """
+
+    group: np.ndarray
+    correct: np.ndarray
+    num_tokens: np.ndarray
+    num_input_tokens: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """Sequences packed end to end: T input tokens, of which R positions predict a response token.
+
+    `tokens`, `positions` int64 [T]; `cu_seqlens` int32 [S+1] with `cu_seqlens[-1] == T` (tail padding is a segment
+    of its own); `rows` int64 [R] indexes the T positions; `targets` int64 [R]; `response` int64 [R] is the canonical
+    index of the response that a row belongs to; `offset` int64 [R] the target's place in that response;
+    `engine_logprobs` float32 [R].
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    cu_seqlens: np.ndarray
+    rows: np.ndarray
+    targets: np.ndarray
+    response: np.ndarray
+    offset: np.ndarray
+    engine_logprobs: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class ResponseCoefficients:
+    """The factor of each response's tokens in the loss, float64 [N]; a response is on one path only, or on none.
+
+    `likelihood` multiplies the likelihood term of a token (correct responses, Eq. 2), `distill` the distillation term
+    (incorrect responses, Eq. 3). All denominators are folded in, so the loss of a step is a plain sum over tokens.
+    """
+
+    likelihood: np.ndarray
+    distill: np.ndarray
