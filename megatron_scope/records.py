@@ -100,8 +100,7 @@ class MicroBatch:
 
     `tokens`, `positions` int64 [T]; `cu_seqlens` int32 [S+1] with `cu_seqlens[-1] == T` (tail padding is a segment
     of its own); `rows` int64 [R] indexes the T positions; `targets` int64 [R]; `response` int64 [R] is the canonical
-    index of the response that a row belongs to; `offset` int64 [R] the target's place in that response;
-    `engine_logprobs` float32 [R].
+    index of the response that a row belongs to, whose rows lie together and in order; `engine_logprobs` float32 [R].
     """
 
     tokens: np.ndarray
@@ -110,7 +109,6 @@ class MicroBatch:
     rows: np.ndarray
     targets: np.ndarray
     response: np.ndarray
-    offset: np.ndarray
     engine_logprobs: np.ndarray
 
 

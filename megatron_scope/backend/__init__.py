@@ -1,0 +1,1 @@
+"""Megatron-core behind plain functions: the only place, with `convert`, that imports it."""

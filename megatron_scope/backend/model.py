@@ -1,0 +1,215 @@
+"""Megatron-core GPT models from Hugging Face folders, ending in final hidden states."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_scope.backend.layers import PackedRotary, block_spec
+from megatron_scope.backend.setup import Ranks
+from megatron_scope.config.schema import Precision, Recompute, TrainConfig
+from megatron_scope.convert.hf_folder import HfFolder
+from megatron_scope.convert.mapping import Entry, check_names, load_stage, stage_entries
+from megatron_scope.convert.shape import ModelShape, spread_layers
+from megatron_scope.errors import ConfigError
+
+DTYPES = {Precision.FLOAT32: torch.float32, Precision.BFLOAT16: torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class StageModel:
+    """This rank's part of one model and what the rest of the backend needs to know of it."""
+
+    module: GPTModel
+    config: TransformerConfig
+    folder: HfFolder
+    entries: list[Entry]
+    vocab_start: int
+    vocab_size: int
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.folder.shape
+
+    def output_weight(self) -> Tensor:
+        """This rank's shard [V_local, h] of the output table; the embedding's where the two are tied."""
+        if self.shape.tied_embeddings:
+            return self.module.shared_embedding_or_output_weight()
+        return self.module.output_layer.weight
+
+
+def build(
+    folder: HfFolder,
+    ranks: Ranks,
+    train: TrainConfig,
+    *,
+    padded_vocab: int,
+    vocab_size: int,
+    sequence_parallel: bool,
+    pipeline_layers: tuple[int, ...] | None,
+    trainable: bool,
+) -> StageModel:
+    """This rank's stage of the model in `folder`, with its weights.
+
+    `padded_vocab` is the table size that both models of a run share, `vocab_size` the columns that count. Raises ConfigError
+    when the sizes cannot be split over the layout, DataError when the folder is not what its config.json says.
+    """
+    check_names(folder)
+    shape = folder.shape
+    stage_sizes = pipeline_layers or spread_layers(shape.num_layers, ranks.pipeline_size)
+    check_layout(shape, ranks.tensor_size, stage_sizes, str(folder.path))
+    config = _transformer_config(shape, ranks, train, sequence_parallel, stage_sizes, trainable)
+    module = _module(shape, config, ranks, padded_vocab, stage_sizes)
+    first_layer = sum(stage_sizes[: ranks.pipeline_rank])
+    layers = range(first_layer, first_layer + stage_sizes[ranks.pipeline_rank])
+    entries = stage_entries(
+        folder.family, shape, padded_vocab, layers, first=ranks.is_first_stage, last=ranks.is_last_stage
+    )
+    parameters = dict(module.named_parameters())
+    load_stage(parameters, entries, folder, ranks.tensor_rank, ranks.tensor_size)
+    for entry in entries:
+        _mark_split(parameters[entry.parameter], entry.layout.split_dim)
+    folder.close()
+    module.requires_grad_(trainable)
+    return StageModel(
+        module=module,
+        config=config,
+        folder=folder,
+        entries=entries,
+        vocab_start=ranks.tensor_rank * (padded_vocab // ranks.tensor_size),
+        vocab_size=vocab_size,
+    )
+
+
+def _mark_split(parameter: torch.nn.Parameter, dim: int | None) -> None:
+    """Marks a tensor-parallel shard, which Megatron does only when it initialises weights itself.
+
+    The gradient's norm counts unmarked parameters on tensor rank 0 alone.
+    """
+    if dim is not None and not getattr(parameter, "tensor_model_parallel", False):
+        tensor_parallel.set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
+
+
+def check_layout(shape: ModelShape, tensor: int, stage_sizes: tuple[int, ...], name: str) -> None:
+    """ConfigError when `tensor` does not divide the model's heads, groups and MLP or the stages do not add up."""
+    for label, count in (
+        ("attention heads", shape.num_attention_heads),
+        ("query groups", shape.num_query_groups),
+        ("MLP rows", shape.ffn_hidden_size),
+    ):
+        if count % tensor:
+            raise ConfigError(
+                f"parallel.tensor is {tensor} but {name} has {count} {label}, which {tensor} does not divide; "
+                "use a smaller parallel.tensor"
+            )
+    if sum(stage_sizes) != shape.num_layers or min(stage_sizes) < 0:
+        raise ConfigError(
+            f"pipeline_layers is {list(stage_sizes)}, {sum(stage_sizes)} layers; {name} has {shape.num_layers}"
+        )
+
+
+def _transformer_config(
+    shape: ModelShape,
+    ranks: Ranks,
+    train: TrainConfig,
+    sequence_parallel: bool,
+    stage_sizes: tuple[int, ...],
+    trainable: bool,
+) -> TransformerConfig:
+    dtype = DTYPES[train.precision]
+    on_cpu = ranks.device.type == "cpu"
+    layout = None
+    if ranks.pipeline_size > 1:
+        rows = [[LayerType.decoder] * size for size in stage_sizes]
+        rows[0].insert(0, LayerType.embedding)
+        rows[-1].append(LayerType.loss)
+        layout = PipelineParallelLayerLayout(rows, ranks.pipeline_size)
+    recompute = train.recompute if trainable else Recompute.NONE
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_epsilon,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=ranks.tensor_size,
+        pipeline_model_parallel_size=ranks.pipeline_size,
+        pipeline_model_parallel_layout=layout,
+        sequence_parallel=sequence_parallel and ranks.tensor_size > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths asks for, even of a dense model
+        calculate_per_token_loss=True,  # the hook's sums reach the gradient undivided
+        use_cpu_initialization=on_cpu,
+        perform_initialization=False,  # every parameter is read from the folder
+        # Fusions need CUDA extensions or a compiler; each is a later choice of the GPU path.
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        recompute_granularity=None if recompute is Recompute.NONE else recompute.value,
+        recompute_method="uniform" if recompute is Recompute.FULL else None,
+        recompute_num_layers=1 if recompute is Recompute.FULL else None,
+        recompute_modules=["core_attn"] if recompute is Recompute.SELECTIVE else None,
+    )
+
+
+def _module(
+    shape: ModelShape, config: TransformerConfig, ranks: Ranks, padded_vocab: int, stage_sizes: tuple[int, ...]
+) -> GPTModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Megatron repeats that optional extensions are absent
+        module = GPTModel(
+            config=config,
+            transformer_layer_spec=block_spec(config, stage_sizes[ranks.pipeline_rank]),  # pyright: ignore[reportArgumentType]
+            vocab_size=padded_vocab,
+            max_sequence_length=shape.max_positions,
+            pre_process=ranks.is_first_stage,
+            post_process=ranks.is_last_stage,
+            share_embeddings_and_output_weights=shape.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=int(shape.rope_theta),
+        )
+    module.rotary_pos_emb = PackedRotary(shape.inverse_frequencies().to(ranks.device))
+    if ranks.is_last_stage:
+        _end_in_hidden_states(module, config)
+    return module.to(ranks.device)
+
+
+def _end_in_hidden_states(module: GPTModel, config: TransformerConfig) -> None:
+    """The output layer keeps its weight but hands on its input, whole on every tensor rank.
+
+    The loss hook applies the weight itself, so that logits exist only for the tokens that need them. What it computes differs
+    between tensor ranks, so the gradient of the hidden states is summed over them on the way back.
+    """
+
+    def hand_on(hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None):
+        del weight, runtime_gather_output
+        if config.sequence_parallel:
+            whole = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        else:
+            whole = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+        return whole, None
+
+    module.output_layer.forward = hand_on

@@ -1,0 +1,100 @@
+"""The trainable student: Megatron's data-parallel wrapper, distributed optimizer and gradient clipping."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch import Tensor
+
+from megatron_scope.backend.model import DTYPES, StageModel
+from megatron_scope.config.schema import OptimizerConfig, Schedule, TrainConfig
+from megatron_scope.errors import TrainingError
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainable:
+    """A stage model with gradients and an optimizer."""
+
+    stage: StageModel
+    wrapped: DistributedDataParallel
+    optimizer: Any
+    clip_grad: float
+
+    def zero_grad(self) -> None:
+        """Clears the gradients before a step's first micro-batch."""
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def step(self, lr: float) -> float:
+        """Clips, updates the parameters at this learning rate and returns the gradient's norm before clipping.
+
+        Raises TrainingError, on every rank, when the norm is not finite; parameters and optimizer are then as before.
+        """
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"the gradient's norm is {norm}; the optimizer was not touched. Lower optimizer.lr or look at the rollouts"
+            )
+        if self.clip_grad > 0:
+            for part in self.optimizer.chained_optimizers:
+                if parameters := part.get_parameters():
+                    clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step_with_ready_grads()
+        return norm
+
+    def main_grad(self, parameter: str) -> Tensor:
+        """A parameter's summed gradient shard by its name in this stage, float32 (after `run(force_all_reduce=True)`)."""
+        return self.stage.module.get_parameter(parameter).main_grad  # pyright: ignore[reportReturnType]
+
+
+def make_trainable(stage: StageModel, train: TrainConfig, optimizer: OptimizerConfig) -> Trainable:
+    """Wraps a stage for training with Adam on float32 master weights, sharded over the replicas."""
+    dtype = DTYPES[train.precision]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Megatron repeats that optional extensions are absent
+        wrapped = DistributedDataParallel(
+            config=stage.config,
+            ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+            module=stage.module,
+        )
+        inner = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=optimizer.lr,
+                min_lr=optimizer.min_lr,
+                weight_decay=optimizer.weight_decay,
+                adam_beta1=optimizer.beta1,
+                adam_beta2=optimizer.beta2,
+                adam_eps=optimizer.eps,
+                clip_grad=optimizer.clip_grad,
+                bf16=dtype is torch.bfloat16,
+                params_dtype=dtype,
+                use_distributed_optimizer=True,
+            ),
+            [wrapped],  # pyright: ignore[reportArgumentType]
+        )
+    stage.config.finalize_model_grads_func = finalize_model_grads  # pyright: ignore[reportAttributeAccessIssue]
+    stage.config.grad_scale_func = inner.scale_loss  # pyright: ignore[reportAttributeAccessIssue]
+    return Trainable(stage, wrapped, inner, optimizer.clip_grad)
+
+
+def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
+    """The rate of a step (counted from 0), a function of the step alone: linear warm-up, then the schedule to `min_lr`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule is Schedule.CONSTANT:
+        return config.lr
+    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    left = 1 - progress if config.schedule is Schedule.LINEAR else (1 + math.cos(math.pi * progress)) / 2
+    return config.min_lr + (config.lr - config.min_lr) * left

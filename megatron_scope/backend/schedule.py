@@ -1,0 +1,146 @@
+"""Running packed micro-batches through Megatron's pipeline schedule, with a hook on the last stage's hidden states."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_scope.backend.layers import packed_sequences
+from megatron_scope.backend.model import StageModel
+from megatron_scope.backend.setup import Ranks
+from megatron_scope.kernels.vocab_parallel import DistillStats, distill_stats
+from megatron_scope.records import MicroBatch
+
+Hook = Callable[[MicroBatch, Tensor], Any]
+
+
+def run(
+    module: torch.nn.Module,
+    micro_batches: Sequence[MicroBatch],
+    ranks: Ranks,
+    hook: Callable[[MicroBatch, Tensor], Any],
+    *,
+    backward: bool,
+    force_all_reduce: bool = False,
+) -> list[Any]:
+    """Runs every micro-batch through the pipeline and returns what `hook` returned for each, on the last stage (else []).
+
+    `hook(micro_batch, hidden)` gets the final hidden states [R, h] of the response rows. With `backward` it must return
+    (loss_sum, data): the gradient of the plain sum of losses goes to main_grad, reduced over replicas, and data is collected.
+    Without, it runs under no_grad and its result is collected. `force_all_reduce` leaves whole gradients on every replica.
+    """
+
+    def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        micro_batch = next(batches)
+        hidden = model(**_model_inputs(micro_batch, ranks.device))
+        return hidden, partial(_at_last_stage, micro_batch, hook)
+
+    with torch.set_grad_enabled(backward):
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=[module],
+            num_microbatches=len(micro_batches),
+            seq_length=0,  # unused: variable_seq_lengths
+            micro_batch_size=1,
+            forward_only=not backward,
+            collect_non_loss_data=not backward,
+            force_all_reduce=force_all_reduce,
+        )
+
+
+def _at_last_stage(micro_batch: MicroBatch, hook: Hook, output: Tensor, non_loss_data: bool = False) -> Any:
+    hidden = output.squeeze(0)[torch.from_numpy(micro_batch.rows).to(output.device)]
+    result = hook(micro_batch, hidden)
+    if non_loss_data:
+        return result
+    loss, data = result
+    return loss, 0, data  # no token count: the loss is already a sum of final coefficients
+
+
+def _model_inputs(micro_batch: MicroBatch, device: torch.device) -> dict[str, Any]:
+    positions = torch.from_numpy(micro_batch.positions).to(device)
+    packed = packed_sequences(
+        torch.from_numpy(micro_batch.cu_seqlens).to(device), positions, np.diff(micro_batch.cu_seqlens).tolist()
+    )
+    return {
+        "input_ids": torch.from_numpy(micro_batch.tokens).to(device).unsqueeze(0),
+        "position_ids": positions.unsqueeze(0),
+        "attention_mask": None,
+        "packed_seq_params": packed,
+    }
+
+
+def token_statistics(
+    stage: StageModel, ranks: Ranks, hidden: Tensor, targets: np.ndarray, temperature: float
+) -> DistillStats:
+    """Log-probs and entropy [R] of the targets under a model's output table, at a temperature."""
+    logits = hidden @ stage.output_weight().T
+    return distill_stats(
+        logits,
+        None,
+        torch.from_numpy(targets).to(hidden.device),
+        group=ranks.tensor_group if ranks.tensor_size > 1 else None,
+        vocab_start=stage.vocab_start,
+        vocab_size=stage.vocab_size,
+        temperature=temperature,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Per-token log-probs of this replica's scored responses, by canonical index; float32 [|y|], on the last stage only."""
+
+    by_response: dict[int, np.ndarray]
+
+    def rows(self, micro_batch: MicroBatch) -> np.ndarray:
+        """The micro-batch's rows, float32 [R]; 0 where the response was not scored."""
+        out = np.zeros(len(micro_batch.rows), dtype=np.float32)
+        for index, rows in response_rows(micro_batch):
+            if index in self.by_response:
+                out[rows] = self.by_response[index]
+        return out
+
+
+def response_rows(micro_batch: MicroBatch) -> Iterator[tuple[int, slice]]:
+    """Each response of a micro-batch with the slice of its rows."""
+    response = micro_batch.response
+    edges = np.concatenate([[0], np.flatnonzero(np.diff(response)) + 1, [len(response)]])
+    if len(response):
+        for start, stop in zip(edges[:-1], edges[1:], strict=True):
+            yield int(response[start]), slice(int(start), int(stop))
+
+
+def score(stage: StageModel, micro_batches: Sequence[MicroBatch], ranks: Ranks, temperature: float) -> TokenLogprobs:
+    """Forward-only pass: the log-probs of every response token of `micro_batches` at a temperature, in nats."""
+    if not micro_batches:
+        return TokenLogprobs({})
+
+    def logprobs(micro_batch: MicroBatch, hidden: Tensor) -> tuple[MicroBatch, np.ndarray]:
+        stats = token_statistics(stage, ranks, hidden, micro_batch.targets, temperature)
+        return micro_batch, stats.logprob.float().cpu().numpy()
+
+    results = run(stage.module, micro_batches, ranks, logprobs, backward=False)
+    return TokenLogprobs(
+        {index: values[rows] for micro_batch, values in results for index, rows in response_rows(micro_batch)}
+    )
+
+
+def mean_logprobs(scores: TokenLogprobs, num_responses: int, ranks: Ranks) -> np.ndarray:
+    """Mean log-prob of each scored response, float64 [N] on every rank; NaN where not scored or not finite."""
+    total = torch.zeros(num_responses, 2, dtype=torch.float64)
+    if ranks.speaks_for_scores:
+        for index, values in scores.by_response.items():
+            total[index, 0] = float(values.astype(np.float64).mean())
+            total[index, 1] = 1.0
+    dist.all_reduce(total, group=ranks.world_group)
+    scored = total[:, 1] > 0
+    return torch.where(scored, total[:, 0], float("nan")).numpy()

@@ -1,0 +1,142 @@
+"""Process groups and this rank's place in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_scope.backend import cpu
+from megatron_scope.config.schema import ParallelConfig
+
+_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """Where this process stands. A *replica* is one copy of the model: tensor x pipeline ranks.
+
+    `tensor_group` carries model tensors (NCCL on CUDA). `world_group`, `replica_group` and `leader_group` carry host objects
+    over gloo; `leader_group` holds the first rank of every replica, rank 0 among them.
+    """
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    replica: int
+    num_replicas: int
+    device: torch.device
+    tensor_group: dist.ProcessGroup
+    world_group: dist.ProcessGroup
+    replica_group: dist.ProcessGroup
+    leader_group: dist.ProcessGroup | None
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def is_leader(self) -> bool:
+        """The first rank of its replica."""
+        return self.tensor_rank == 0 and self.pipeline_rank == 0
+
+    @property
+    def speaks_for_scores(self) -> bool:
+        """One rank per replica holds its results once: tensor rank 0 of the last stage."""
+        return self.tensor_rank == 0 and self.is_last_stage
+
+
+def world_size_from_environment() -> int:
+    """Ranks that torchrun, srun or our own launcher started (1 when none did)."""
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+
+
+def initialize(parallel: ParallelConfig) -> Ranks:
+    """Joins the world and builds Megatron's groups; the layout must already have been checked against the world size."""
+    cpu.host()
+    from megatron.core import parallel_state
+
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    world_size = world_size_from_environment()
+    device = _device()
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            rank=rank,
+            world_size=world_size,
+            timeout=_TIMEOUT,
+            **_store(world_size),
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+    )
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    model_parallel_cuda_manual_seed(0)  # no layer draws random numbers; the tracker must exist all the same
+    return _ranks(parallel_state, rank, world_size, device)
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))))
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _store(world_size: int) -> dict[str, Any]:
+    """One process alone needs no port that another could hold."""
+    return {"store": dist.HashStore()} if world_size == 1 else {}
+
+
+def _ranks(parallel_state: Any, rank: int, world_size: int, device: torch.device) -> Ranks:
+    replica_ranks = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
+    everyone: list[Any] = [None] * world_size
+    dist.all_gather_object(everyone, tuple(replica_ranks))
+    replicas = sorted(set(everyone))
+    replica_group = None
+    for members in replicas:
+        group = dist.new_group(list(members), backend="gloo", timeout=_TIMEOUT)
+        if rank in members:
+            replica_group = group
+    leader_group = dist.new_group([members[0] for members in replicas], backend="gloo", timeout=_TIMEOUT)
+    world_group = dist.new_group(list(range(world_size)), backend="gloo", timeout=_TIMEOUT)
+    assert replica_group is not None and world_group is not None
+    return Ranks(
+        rank=rank,
+        world_size=world_size,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        replica=replicas.index(tuple(replica_ranks)),
+        num_replicas=len(replicas),
+        device=device,
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        world_group=world_group,
+        replica_group=replica_group,
+        leader_group=leader_group if rank in {members[0] for members in replicas} else None,
+    )
+
+
+def shutdown() -> None:
+    """Leaves Megatron's groups and the world."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

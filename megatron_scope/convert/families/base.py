@@ -1,0 +1,119 @@
+"""What a family file declares, and the rules that dense decoders share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+from megatron_scope.convert.layouts import QKV, Columns, GateUp, Layout, Replicated
+from megatron_scope.convert.shape import ModelShape, RopeScaling, rope_settings
+from megatron_scope.errors import DataError
+
+Table = Literal["embedding", "output"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One Megatron parameter and the Hugging Face tensors that hold its numbers; `{layer}` is the layer's global number.
+
+    A `table` rule is for the vocabulary tables, whose padded size depends on the run.
+    """
+
+    megatron: str
+    hf: tuple[str, ...]
+    layout: Layout | None = None
+    table: Table | None = None
+
+    @property
+    def per_layer(self) -> bool:
+        return "{layer}" in self.megatron
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A model family: its architecture name, how its config.json is read, and its rules."""
+
+    architecture: str
+    read_shape: Callable[[dict[str, Any], str], ModelShape]
+    rules: Callable[[ModelShape], tuple[Rule, ...]]
+
+
+_LAYER = "decoder.layers.{layer}."
+_HF_LAYER = "model.layers.{layer}."
+
+
+def dense_decoder_rules(shape: ModelShape) -> tuple[Rule, ...]:
+    """Embedding, pre-norm attention with grouped queries, gated MLP, final norm, output table."""
+    projections = tuple(f"{_HF_LAYER}self_attn.{name}_proj" for name in "qkv")
+    rules = [
+        Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), table="embedding"),
+        Rule(f"{_LAYER}input_layernorm.weight", (f"{_HF_LAYER}input_layernorm.weight",), Replicated()),
+        Rule(
+            f"{_LAYER}self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in projections), QKV()
+        ),
+        Rule(f"{_LAYER}self_attention.linear_proj.weight", (f"{_HF_LAYER}self_attn.o_proj.weight",), Columns()),
+        Rule(f"{_LAYER}pre_mlp_layernorm.weight", (f"{_HF_LAYER}post_attention_layernorm.weight",), Replicated()),
+        Rule(
+            f"{_LAYER}mlp.linear_fc1.weight",
+            (f"{_HF_LAYER}mlp.gate_proj.weight", f"{_HF_LAYER}mlp.up_proj.weight"),
+            GateUp(),
+        ),
+        Rule(f"{_LAYER}mlp.linear_fc2.weight", (f"{_HF_LAYER}mlp.down_proj.weight",), Columns()),
+        Rule("decoder.final_layernorm.weight", ("model.norm.weight",), Replicated()),
+        Rule("output_layer.weight", ("lm_head.weight",), table="output"),
+    ]
+    if shape.qkv_bias:
+        rules.append(
+            Rule(f"{_LAYER}self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in projections), QKV())
+        )
+    return tuple(rules)
+
+
+def read_dense_shape(config: dict[str, Any], source: str, *, qkv_bias: bool) -> ModelShape:
+    """The sizes that Llama-like config.json files share; DataError names what is missing or not supported."""
+    _refuse_unsupported(config, source)
+    rope = rope_settings(config)
+    try:
+        heads = config["num_attention_heads"]
+        return ModelShape(
+            num_layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            ffn_hidden_size=config["intermediate_size"],
+            num_attention_heads=heads,
+            num_query_groups=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            vocab_rows=config["vocab_size"],
+            max_positions=config["max_position_embeddings"],
+            norm_epsilon=config["rms_norm_eps"],
+            rope_theta=float(rope["rope_theta"]),
+            rope_scaling=_rope_scaling(rope, source),
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=qkv_bias,
+        )
+    except KeyError as missing:
+        raise DataError(f"{source}: {missing} is missing; expected a complete Hugging Face config.json") from None
+
+
+def _refuse_unsupported(config: dict[str, Any], source: str) -> None:
+    if config.get("use_sliding_window"):
+        raise DataError(f"{source}: use_sliding_window is true; sliding-window attention is not supported yet")
+    if config.get("hidden_act", "silu") != "silu":
+        raise DataError(f"{source}: hidden_act is {config['hidden_act']!r}; supported: silu")
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            raise DataError(f"{source}: {key} is true; models with this bias are not supported yet")
+
+
+def _rope_scaling(rope: dict[str, Any], source: str) -> RopeScaling | None:
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise DataError(f"{source}: rope_type is {kind!r}; supported: default, llama3")
+    return RopeScaling(
+        factor=rope["factor"],
+        low_freq_factor=rope["low_freq_factor"],
+        high_freq_factor=rope["high_freq_factor"],
+        original_max_positions=rope["original_max_position_embeddings"],
+    )

@@ -1,0 +1,89 @@
+"""From responses to packed micro-batches: which replica takes a response, and which row it lies in. Pure numpy, deterministic."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_scope.records import MicroBatch, Response, ResponseTable
+
+
+def response_table(responses: Sequence[Response]) -> ResponseTable:
+    """The arrays that every rank knows of a step's responses, in canonical order."""
+    return ResponseTable(
+        group=np.array([r.group for r in responses], dtype=np.int64),
+        correct=np.array([r.correct for r in responses], dtype=bool),
+        num_tokens=np.array([len(r.output_ids) for r in responses], dtype=np.int64),
+        num_input_tokens=np.array([r.num_input_tokens for r in responses], dtype=np.int64),
+    )
+
+
+def assign_replicas(num_input_tokens: np.ndarray, num_replicas: int) -> np.ndarray:
+    """The replica of each response, int64 [N]: longest first to the replica with the fewest tokens, ties by number.
+
+    A response keeps its replica for the whole step, since its teacher scores stay there.
+    """
+    replica = np.zeros(len(num_input_tokens), dtype=np.int64)
+    loads = [(0, r) for r in range(num_replicas)]
+    for index in _longest_first(num_input_tokens):
+        load, r = heapq.heappop(loads)
+        replica[index] = r
+        heapq.heappush(loads, (load + int(num_input_tokens[index]), r))
+    return replica
+
+
+def pack(responses: Sequence[Response], micro_batch_tokens: int, multiple_of: int = 1) -> list[MicroBatch]:
+    """Packs responses into micro-batches of at most `micro_batch_tokens` tokens; one longer response stands alone.
+
+    First fit, longest first, so neighbours in a row tend to be of equal length (attention batches those). Row lengths are
+    padded to `multiple_of` (the tensor-parallel size under sequence parallelism) by a segment of its own.
+    """
+    bins: list[list[Response]] = []
+    free: list[int] = []
+    for index in _longest_first(np.array([r.num_input_tokens for r in responses])):
+        response = responses[index]
+        size = response.num_input_tokens
+        place = next((b for b, room in enumerate(free) if size <= room), None)
+        if place is None:
+            bins.append([])
+            free.append(micro_batch_tokens)
+            place = len(bins) - 1
+        bins[place].append(response)
+        free[place] -= size
+    return [_micro_batch(members, multiple_of) for members in bins]
+
+
+def empty_micro_batch(multiple_of: int = 1) -> MicroBatch:
+    """A micro-batch without responses, so that all replicas can run the same number."""
+    return _micro_batch([], multiple_of)
+
+
+def _longest_first(lengths: np.ndarray) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda index: (-int(lengths[index]), index))
+
+
+def _micro_batch(responses: Sequence[Response], multiple_of: int) -> MicroBatch:
+    lengths = [r.num_input_tokens for r in responses]
+    used = sum(lengths)
+    padding = -used % multiple_of if used else multiple_of
+    if padding:
+        lengths.append(padding)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    inputs = [np.concatenate([r.prompt_ids, r.output_ids[:-1]]) for r in responses]
+    # The token at place j of a response is predicted from position P - 1 + j of its sequence.
+    rows = [
+        start + len(r.prompt_ids) - 1 + np.arange(len(r.output_ids))
+        for start, r in zip(starts, responses, strict=False)
+    ]
+    none = np.zeros(0, dtype=np.int64)
+    return MicroBatch(
+        tokens=np.concatenate([*inputs, np.zeros(padding, dtype=np.int64)]),
+        positions=np.concatenate([np.arange(length) for length in lengths]),
+        cu_seqlens=starts.astype(np.int32),
+        rows=np.concatenate([none, *rows]),
+        targets=np.concatenate([none, *(r.output_ids for r in responses)]),
+        response=np.repeat([r.index for r in responses], [len(r.output_ids) for r in responses]).astype(np.int64),
+        engine_logprobs=np.concatenate([none, *(r.engine_logprobs for r in responses)]).astype(np.float32),
+    )
