@@ -5,6 +5,7 @@ class ScopeError(Exception):
     """A failure that the user can act on; the command line prints its message without a traceback."""
 
     exit_code = 1
+    on_every_rank = False  # raised on all ranks at once, so that rank 0's report is enough
 
 
 class ConfigError(ScopeError):
@@ -30,9 +31,13 @@ class SyncError(ScopeError):
 class ScoringError(ScopeError):
     """A log-probability that the loss needs is missing or not finite."""
 
+    on_every_rank = True
+
 
 class TrainingError(ScopeError):
     """The loss or the gradient is not finite; the optimizer was not touched."""
+
+    on_every_rank = True
 
 
 class CheckpointError(ScopeError):

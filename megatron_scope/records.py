@@ -58,6 +58,14 @@ class Verdict:
 
 
 @dataclasses.dataclass(frozen=True)
+class JudgedRollout:
+    """A rollout with its verdict."""
+
+    rollout: Rollout
+    verdict: Verdict
+
+
+@dataclasses.dataclass(frozen=True)
 class Response:
     """One verified response as the training ranks see it.
 
@@ -76,6 +84,30 @@ class Response:
     def num_input_tokens(self) -> int:
         """Tokens that the model reads: all but the last output token, which is only a target."""
         return len(self.prompt_ids) + len(self.output_ids) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutCounts:
+    """What became of a step's rollouts; `aborted`, `empty` and `dropped_truncated` ones are not learnt from."""
+
+    prompts: int
+    sampled: int
+    aborted: int
+    empty: int
+    truncated: int
+    dropped_truncated: int
+    verify_errors: int
+    skipped_prompts: int  # since the run began: prompts over data.max_prompt_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBatch:
+    """A step's usable responses in canonical order, with a name ("prompt id, sample") for each in messages."""
+
+    responses: tuple[Response, ...]
+    names: tuple[str, ...]
+    counts: RolloutCounts
+    oldest_version: int  # of the weights that made these responses
 
 
 @dataclasses.dataclass(frozen=True)

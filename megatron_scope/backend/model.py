@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 
 import torch
 from megatron.core import tensor_parallel
@@ -19,8 +18,7 @@ from megatron_scope.backend.setup import Ranks
 from megatron_scope.config.schema import Precision, Recompute, TrainConfig
 from megatron_scope.convert.hf_folder import HfFolder
 from megatron_scope.convert.mapping import Entry, check_names, load_stage, stage_entries
-from megatron_scope.convert.shape import ModelShape, spread_layers
-from megatron_scope.errors import ConfigError
+from megatron_scope.convert.shape import ModelShape, check_layout, spread_layers
 
 DTYPES = {Precision.FLOAT32: torch.float32, Precision.BFLOAT16: torch.bfloat16}
 
@@ -99,24 +97,6 @@ def _mark_split(parameter: torch.nn.Parameter, dim: int | None) -> None:
         tensor_parallel.set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
 
 
-def check_layout(shape: ModelShape, tensor: int, stage_sizes: tuple[int, ...], name: str) -> None:
-    """ConfigError when `tensor` does not divide the model's heads, groups and MLP or the stages do not add up."""
-    for label, count in (
-        ("attention heads", shape.num_attention_heads),
-        ("query groups", shape.num_query_groups),
-        ("MLP rows", shape.ffn_hidden_size),
-    ):
-        if count % tensor:
-            raise ConfigError(
-                f"parallel.tensor is {tensor} but {name} has {count} {label}, which {tensor} does not divide; "
-                "use a smaller parallel.tensor"
-            )
-    if sum(stage_sizes) != shape.num_layers or min(stage_sizes) < 0:
-        raise ConfigError(
-            f"pipeline_layers is {list(stage_sizes)}, {sum(stage_sizes)} layers; {name} has {shape.num_layers}"
-        )
-
-
 def _transformer_config(
     shape: ModelShape,
     ranks: Ranks,
@@ -178,19 +158,17 @@ def _transformer_config(
 def _module(
     shape: ModelShape, config: TransformerConfig, ranks: Ranks, padded_vocab: int, stage_sizes: tuple[int, ...]
 ) -> GPTModel:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Megatron repeats that optional extensions are absent
-        module = GPTModel(
-            config=config,
-            transformer_layer_spec=block_spec(config, stage_sizes[ranks.pipeline_rank]),  # pyright: ignore[reportArgumentType]
-            vocab_size=padded_vocab,
-            max_sequence_length=shape.max_positions,
-            pre_process=ranks.is_first_stage,
-            post_process=ranks.is_last_stage,
-            share_embeddings_and_output_weights=shape.tied_embeddings,
-            position_embedding_type="rope",
-            rotary_base=int(shape.rope_theta),
-        )
+    module = GPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(config, stage_sizes[ranks.pipeline_rank]),  # pyright: ignore[reportArgumentType]
+        vocab_size=padded_vocab,
+        max_sequence_length=shape.max_positions,
+        pre_process=ranks.is_first_stage,
+        post_process=ranks.is_last_stage,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=int(shape.rope_theta),
+    )
     module.rotary_pos_emb = PackedRotary(shape.inverse_frequencies().to(ranks.device))
     if ranks.is_last_stage:
         _end_in_hidden_states(module, config)

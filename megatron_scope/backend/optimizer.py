@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -61,29 +60,27 @@ class Trainable:
 def make_trainable(stage: StageModel, train: TrainConfig, optimizer: OptimizerConfig) -> Trainable:
     """Wraps a stage for training with Adam on float32 master weights, sharded over the replicas."""
     dtype = DTYPES[train.precision]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Megatron repeats that optional extensions are absent
-        wrapped = DistributedDataParallel(
-            config=stage.config,
-            ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
-            module=stage.module,
-        )
-        inner = get_megatron_optimizer(
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=optimizer.lr,
-                min_lr=optimizer.min_lr,
-                weight_decay=optimizer.weight_decay,
-                adam_beta1=optimizer.beta1,
-                adam_beta2=optimizer.beta2,
-                adam_eps=optimizer.eps,
-                clip_grad=optimizer.clip_grad,
-                bf16=dtype is torch.bfloat16,
-                params_dtype=dtype,
-                use_distributed_optimizer=True,
-            ),
-            [wrapped],  # pyright: ignore[reportArgumentType]
-        )
+    wrapped = DistributedDataParallel(
+        config=stage.config,
+        ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+        module=stage.module,
+    )
+    inner = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=optimizer.lr,
+            min_lr=optimizer.min_lr,
+            weight_decay=optimizer.weight_decay,
+            adam_beta1=optimizer.beta1,
+            adam_beta2=optimizer.beta2,
+            adam_eps=optimizer.eps,
+            clip_grad=optimizer.clip_grad,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=True,
+        ),
+        [wrapped],  # pyright: ignore[reportArgumentType]
+    )
     stage.config.finalize_model_grads_func = finalize_model_grads  # pyright: ignore[reportAttributeAccessIssue]
     stage.config.grad_scale_func = inner.scale_loss  # pyright: ignore[reportAttributeAccessIssue]
     return Trainable(stage, wrapped, inner, optimizer.clip_grad)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -62,9 +63,16 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
 
 
+def prepare() -> None:
+    """Makes the process ready for Megatron-core; call it before anything imports it. Idempotent."""
+    # They repeat that optional extensions are absent and that parts of their own code are deprecated.
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    cpu.host()
+
+
 def initialize(parallel: ParallelConfig) -> Ranks:
     """Joins the world and builds Megatron's groups; the layout must already have been checked against the world size."""
-    cpu.host()
+    prepare()
     from megatron.core import parallel_state
 
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))

@@ -1,4 +1,4 @@
-"""Settings: their schema and defaults, strict loading, and the rules between them. Imports neither torch nor Megatron."""
+"""Settings: schema and defaults, strict loading, the rules between them. Imports no torch."""
 
 from megatron_scope.config.load import load_config, parse_config, write_config
 from megatron_scope.config.schema import Config

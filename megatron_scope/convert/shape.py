@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_scope.errors import ConfigError
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -65,6 +67,24 @@ def spread_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
     by_distance_from_ends = sorted(range(num_stages), key=lambda stage: -min(stage, num_stages - 1 - stage))
     larger = set(by_distance_from_ends[:extra])
     return tuple(base + (stage in larger) for stage in range(num_stages))
+
+
+def check_layout(shape: ModelShape, tensor: int, stage_sizes: tuple[int, ...], name: str) -> None:
+    """ConfigError when `tensor` does not divide the model's heads, groups and MLP or the stages do not add up."""
+    for label, count in (
+        ("attention heads", shape.num_attention_heads),
+        ("query groups", shape.num_query_groups),
+        ("MLP rows", shape.ffn_hidden_size),
+    ):
+        if count % tensor:
+            raise ConfigError(
+                f"parallel.tensor is {tensor} but {name} has {count} {label}, which {tensor} does not divide; "
+                "use a smaller parallel.tensor"
+            )
+    if sum(stage_sizes) != shape.num_layers or min(stage_sizes) < 0:
+        raise ConfigError(
+            f"pipeline_layers is {list(stage_sizes)}, {sum(stage_sizes)} layers; {name} has {shape.num_layers}"
+        )
 
 
 def rope_settings(config: dict[str, Any]) -> dict[str, Any]:

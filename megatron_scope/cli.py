@@ -1,0 +1,185 @@
+"""The command line: one short function a command. Exit code 0 on success, 2 on wrong use or config, 1 on any other failure."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_scope import __version__
+from megatron_scope.errors import ConfigError, ScopeError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; errors that a user can act on are one line on stderr."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parse(argv)
+    try:
+        return options.run(options)
+    except ScopeError as error:
+        if _reports(error):
+            print(f"megatron-scope: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """Overrides may stand before and after options, which argparse alone does not allow."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if rest:
+        if not hasattr(options, "overrides") or any(word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.overrides = [*options.overrides, *rest]
+    options.argv = argv
+    return options
+
+
+def _reports(error: ScopeError) -> bool:
+    """Of an error that all ranks have, rank 0 alone speaks."""
+    return not error.on_every_rank or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-scope",
+        description="SCOPE (arXiv:2604.10688): on-policy distillation on Megatron-core, from one CPU to a cluster.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_train(commands)
+    _add_evaluate(commands)
+    _add_verify(commands)
+    _add_serve(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+
+
+# ---- train
+
+
+def _add_train(commands: Any) -> None:
+    parser = _command(commands, "train", _train, "train a student as CONFIG.yaml says")
+    _add_config(parser)
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="local ranks to start (default 1)")
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "never"),
+        default="auto",
+        help="auto (default) goes on from the newest checkpoint in run.output_dir; never sets an earlier run aside",
+    )
+
+
+def _train(options: argparse.Namespace) -> int:
+    from megatron_scope.config import load_config
+    from megatron_scope.config.check import check_config
+
+    launched = "WORLD_SIZE" in os.environ or "SLURM_NTASKS" in os.environ
+    if options.nproc < 1:
+        raise ConfigError(f"--nproc is {options.nproc}; expected 1 or more")
+    world_size = _world_size() if launched else options.nproc
+    config = load_config(options.config, options.overrides)
+    check_config(config, world_size=world_size)
+    if not launched and options.nproc > 1:
+        from megatron_scope.launch import run_local_ranks
+        from megatron_scope.preflight import check_files
+
+        check_files(config)
+        return run_local_ranks(options.argv, options.nproc)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from megatron_scope.backend import setup
+
+    setup.prepare()
+    from megatron_scope.trainer import train
+
+    train(config, resume=options.resume == "auto")
+    return 0
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+
+
+# ---- evaluate
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = _command(commands, "evaluate", _evaluate, "avg@k and unbiased pass@k of a model over problem files")
+    _add_config(parser)
+    parser.add_argument("--benchmarks", required=True, metavar="A,B", help="JSON-lines files {id, prompt, answer, task}")
+    parser.add_argument("--samples", type=int, default=32, metavar="N", help="responses for each problem (default 32)")
+    parser.add_argument("--k", default="1,8,32", metavar="1,2,4", help="the k of pass@k (default 1,8,32)")
+    parser.add_argument("--model", metavar="HF_DIR", help="the model to evaluate (default student.hf)")
+    parser.add_argument("--output", metavar="FILE", help="write the results here as JSON")
+    parser.add_argument("--responses", metavar="FILE", help="write every response here as JSON lines")
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from megatron_scope.config import load_config
+    from megatron_scope.config.check import check_config
+    from megatron_scope.evaluator import EvaluateOptions, evaluate, parse_ks
+
+    overrides = [*options.overrides, *([f"student.hf={options.model}"] if options.model else [])]
+    config = load_config(options.config, overrides)
+    check_config(config, command="evaluate")
+    evaluate(
+        config,
+        EvaluateOptions(
+            benchmarks=tuple(options.benchmarks.split(",")),
+            num_samples=options.samples,
+            ks=parse_ks(options.k, options.samples),
+            output=options.output,
+            responses=options.responses,
+        ),
+    )
+    return 0
+
+
+# ---- verify
+
+
+def _add_verify(commands: Any) -> None:
+    parser = _command(commands, "verify", _verify, "judge responses: adds correct, extracted and error to each row")
+    parser.add_argument("--input", required=True, metavar="F.jsonl", help="rows {id, task, answer, response, ...}")
+    parser.add_argument("--output", required=True, metavar="G.jsonl")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default 1)")
+    parser.add_argument("--timeout", type=float, default=10.0, metavar="S", help="seconds an answer may take (default 10)")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from megatron_scope.verify.command import verify_file
+
+    summary = verify_file(options.input, options.output, options.workers, options.timeout)
+    print(f"{summary.num_rows} rows, {summary.num_correct} correct, {summary.num_errors} with an error: {options.output}")
+    return 0
+
+
+# ---- serve
+
+
+def _add_serve(commands: Any) -> None:
+    from megatron_scope.rollout.embedded.options import add_serve_arguments
+
+    add_serve_arguments(_command(commands, "serve", _serve, "serve a small model on the CPU with SGLang's protocol"))
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from megatron_scope.rollout.embedded.options import options_from
+    from megatron_scope.rollout.embedded.server import serve
+
+    serve(options_from(options))
+    return 0

@@ -1,0 +1,270 @@
+"""Rules between settings that need no file, no GPU and no rank; a broken one is reported before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+from megatron_scope.config.schema import (
+    Config,
+    Divergence,
+    Engine,
+    ModelConfig,
+    ObjectiveName,
+    Preset,
+    Schedule,
+    Transport,
+)
+from megatron_scope.errors import ConfigError
+
+Command = Literal["train", "evaluate"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unbuilt:
+    """A value of the schema that this version refuses: when it is asked for, and what to use meanwhile."""
+
+    key: str
+    asked: Callable[[Any], bool]
+    use: str
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None
+
+
+# Delete an entry when its feature is built and tested.
+_UNBUILT = (
+    _Unbuilt("student.megatron", _is_set, "student.hf"),
+    _Unbuilt("teacher.megatron", _is_set, "teacher.hf"),
+    _Unbuilt("teacher.server", _is_set, "teacher.hf"),
+    _Unbuilt("objective.name", lambda v: v not in (ObjectiveName.SCOPE, ObjectiveName.SFT), "scope or sft"),
+    _Unbuilt("objective.preset", lambda v: v != Preset.PAPER, "paper"),
+    _Unbuilt("objective.divergence", lambda v: v != Divergence.SAMPLED, "sampled"),
+    _Unbuilt("objective.ratio_clip", _is_set, "null"),
+    _Unbuilt("objective.kl_coefficient", lambda v: v > 0, "0"),
+    _Unbuilt("train.updates_per_batch", lambda v: v > 1, "1"),
+    _Unbuilt("sync.transport", lambda v: v == Transport.BROADCAST, "disk"),
+)
+
+_POSITIVE_COUNTS = (
+    "run.steps",
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.context",
+    "parallel.expert",
+    "data.max_prompt_tokens",
+    "rollout.prompts_per_step",
+    "rollout.samples_per_prompt",
+    "rollout.max_new_tokens",
+    "rollout.max_concurrent_requests",
+    "verify.workers",
+    "train.micro_batch_tokens",
+    "train.updates_per_batch",
+    "checkpoint.keep",
+    "evaluate.max_new_tokens",
+    "evaluate.bootstrap_resamples",
+)
+_COUNTS = ("run.seed", "optimizer.warmup_steps", "checkpoint.every")
+_POSITIVE = (
+    "rollout.temperature",
+    "rollout.request_timeout_s",
+    "rollout.start_timeout_s",
+    "verify.timeout_s",
+    "objective.tau",
+    "objective.student_temperature",
+    "objective.teacher_temperature",
+    "optimizer.lr",
+    "optimizer.eps",
+    "evaluate.temperature",
+    "sync.timeout_s",
+)
+_NOT_NEGATIVE = (
+    "objective.kl_coefficient",
+    "optimizer.min_lr",
+    "optimizer.weight_decay",
+    "optimizer.clip_grad",
+)
+_FINITE = ("objective.student_exponent", "objective.teacher_exponent")
+_TOP_P = ("rollout.top_p", "evaluate.top_p")
+_TOP_K = ("rollout.top_k", "evaluate.top_k")
+_BETAS = ("optimizer.beta1", "optimizer.beta2")
+
+
+def check_config(config: Config, *, world_size: int | None = None, command: Command = "train") -> None:
+    """Raises ConfigError, in one line, for the first rule that the config breaks; needs no file and no rank.
+
+    `world_size` is the number of ranks where it is known; `command` says which settings are required.
+    """
+    _check_ranges(config)
+    _check_built(config)
+    _check_parallel(config, world_size)
+    _check_prompts(config)
+    _check_optimizer(config)
+    if command == "train":
+        _check_train(config)
+    else:
+        _check_evaluate(config)
+
+
+def _get(config: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _require(config: Config, keys: tuple[str, ...], holds: Callable[[Any], bool], rule: str) -> None:
+    for key in keys:
+        value = _get(config, key)
+        if not holds(value):
+            raise ConfigError(f"{key} is {value}: it must be {rule}")
+
+
+def _check_ranges(config: Config) -> None:
+    _require(config, _POSITIVE_COUNTS, lambda v: v >= 1, "1 or more")
+    _require(config, _COUNTS, lambda v: v >= 0, "0 or more")
+    _require(config, _POSITIVE, lambda v: math.isfinite(v) and v > 0, "finite and above 0")
+    _require(config, _NOT_NEGATIVE, lambda v: math.isfinite(v) and v >= 0, "finite and 0 or more")
+    _require(config, _FINITE, math.isfinite, "finite")
+    _require(config, _TOP_P, lambda v: 0 < v <= 1, "above 0 and at most 1 (1 turns it off)")
+    _require(config, _TOP_K, lambda v: v == -1 or v >= 1, "1 or more, or -1 to turn it off")
+    _require(config, _BETAS, lambda v: 0 <= v < 1, "at least 0 and below 1")
+    for token_id in config.data.stop_token_ids or ():
+        if token_id < 0:
+            raise ConfigError(f"data.stop_token_ids has {token_id}: token ids are 0 or more")
+
+
+def _check_built(config: Config) -> None:
+    for entry in _UNBUILT:
+        value = _get(config, entry.key)
+        if entry.asked(value):
+            shown = ", ".join(value) if isinstance(value, tuple) else value
+            raise ConfigError(f"{entry.key} is {shown}: not available in this version; use {entry.use}")
+
+
+def _check_parallel(config: Config, world_size: int | None) -> None:
+    parallel = config.parallel
+    if parallel.context > 1:
+        raise ConfigError(
+            f"parallel.context is {parallel.context}: it needs Transformer Engine's attention, which is not "
+            "supported yet; set parallel.context=1"
+        )
+    if parallel.expert > 1:
+        raise ConfigError(
+            f"parallel.expert is {parallel.expert}: no mixture-of-experts family is supported yet; "
+            "set parallel.expert=1"
+        )
+    _check_pipeline_layers("student", config.student, parallel.pipeline)
+    _check_pipeline_layers("teacher", config.teacher, parallel.pipeline)
+    ranks = parallel.tensor * parallel.pipeline
+    if world_size is not None and world_size % ranks:
+        above = (world_size // ranks + 1) * ranks
+        raise ConfigError(
+            f"there are {world_size} ranks: parallel.tensor={parallel.tensor} x "
+            f"parallel.pipeline={parallel.pipeline} needs a multiple of {ranks}; start {above} ranks "
+            "or change parallel.tensor and parallel.pipeline"
+        )
+
+
+def _check_pipeline_layers(section: str, model: ModelConfig, stages: int) -> None:
+    layers = model.pipeline_layers
+    if layers is None:
+        return
+    key = f"{section}.pipeline_layers is {list(layers)}"
+    if len(layers) != stages:
+        raise ConfigError(
+            f"{key}: it must have {stages} entries, one for each pipeline stage (parallel.pipeline={stages})"
+        )
+    if min(layers) < 0 or sum(layers) == 0:
+        raise ConfigError(f"{key}: each entry must be 0 or more, and one above 0")
+
+
+def _check_prompts(config: Config) -> None:
+    data = config.data
+    if data.prompt_template is None:
+        return
+    fields = data.prompt_template.count("{prompt}")
+    if fields != 1:
+        raise ConfigError(
+            f"data.prompt_template has {fields} {{prompt}} fields: it must have exactly one, where "
+            "the problem goes; all other braces stand as they are"
+        )
+    if data.system_prompt is not None:
+        raise ConfigError(
+            "data.system_prompt and data.prompt_template are both set: a template is the whole prompt; "
+            "write the system prompt into the template, or set one of the two to null"
+        )
+    if data.chat_template_kwargs:
+        raise ConfigError(
+            "data.chat_template_kwargs and data.prompt_template are both set: the template replaces the chat "
+            "template; remove one of the two"
+        )
+
+
+def _check_optimizer(config: Config) -> None:
+    optimizer = config.optimizer
+    if optimizer.schedule != Schedule.CONSTANT and optimizer.min_lr > optimizer.lr:
+        raise ConfigError(
+            f"optimizer.min_lr is {optimizer.min_lr}: a {optimizer.schedule} schedule ends there, "
+            f"so it must be at most optimizer.lr={optimizer.lr}"
+        )
+
+
+def _check_train(config: Config) -> None:
+    _needed(config, "run.output_dir", "the run needs a folder; set run.output_dir=runs/NAME")
+    _needed(config, "student.hf", "there is nothing to train; set student.hf to a Hugging Face model folder")
+    if config.objective.name == ObjectiveName.SFT:
+        _needed(config, "data.train", "set data.train to a JSON-lines file of {prompt, response} rows")
+        return
+    _needed(
+        config,
+        "teacher.hf",
+        "the teacher scores incorrect responses; set teacher.hf to a Hugging Face model folder",
+    )
+    _check_engine(config)
+    if config.rollout.engine == Engine.REPLAY:
+        return
+    _needed(config, "data.train", "set data.train to a JSON-lines file of {id, prompt, answer, task} rows")
+    if config.rollout.samples_per_prompt < 2:
+        raise ConfigError(
+            f"rollout.samples_per_prompt is {config.rollout.samples_per_prompt}: SCOPE weights need a group; "
+            "use 4 or more (the paper takes 8)"
+        )
+
+
+def _check_evaluate(config: Config) -> None:
+    _needed(
+        config, "student.hf", "there is nothing to evaluate; set student.hf to a Hugging Face model folder"
+    )
+    if config.rollout.engine == Engine.REPLAY:
+        raise ConfigError(
+            "rollout.engine is replay: an evaluation draws new responses; set rollout.engine=embedded, "
+            "or sglang with rollout.servers"
+        )
+    _check_engine(config)
+
+
+def _check_engine(config: Config) -> None:
+    rollout = config.rollout
+    if rollout.engine == Engine.REPLAY:
+        _needed(
+            config, "rollout.file", "rollout.engine=replay reads it; set it to a RUN/rollouts file or folder"
+        )
+    if rollout.engine != Engine.SGLANG:
+        return
+    if not rollout.servers:
+        raise ConfigError(
+            "rollout.servers is empty: rollout.engine=sglang needs the servers' URLs; set "
+            "rollout.servers=[http://HOST:30000], or rollout.engine=embedded for a small model on a CPU"
+        )
+    for url in rollout.servers:
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"rollout.servers has {url!r}: it must be a URL, as in http://HOST:30000")
+    if len(set(rollout.servers)) != len(rollout.servers):
+        raise ConfigError("rollout.servers names a server twice; list each one once")
+
+
+def _needed(config: Config, key: str, why: str) -> None:
+    if not _get(config, key):
+        raise ConfigError(f"{key} is not set: {why}")

@@ -1,0 +1,123 @@
+"""The controller's work, free of processes: from judged rollouts to the batch that the ranks train on, and to the record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_scope.config.schema import Config, Truncated
+from megatron_scope.controller.rows import ResponseRecord, write_step
+from megatron_scope.controller.sources import Source, open_source
+from megatron_scope.errors import RolloutError
+from megatron_scope.records import JudgedRollout, Response, RolloutCounts, StepBatch
+
+
+class Controller:
+    """Holds a source and the rollouts of the current step."""
+
+    def __init__(self, config: Config, vocab_size: int, run_folder: str) -> None:
+        self._config = config
+        self._vocab_size = vocab_size
+        self._folder = Path(run_folder)
+        self._source: Source = open_source(config, vocab_size, self._folder / "logs")
+        self._judged: list[JudgedRollout] = []
+
+    async def produce(self, step: int, version: int) -> StepBatch:
+        """Samples (or reads) and judges the responses of a step."""
+        self._judged = await self._source.produce(step, version)
+        skipped = int(self._source.state()["skipped"])
+        return make_batch(self._judged, self._config.rollout.truncated, self._vocab_size, skipped)
+
+    async def publish(self, folder: str, version: int) -> None:
+        """Hands new weights to the rollout servers."""
+        await self._source.publish(Path(folder), version)
+
+    async def record(self, step: int, records: dict[int, ResponseRecord]) -> None:
+        """Writes the rollouts of the current step; `records` by canonical index of the usable responses."""
+        places = usable_places(self._judged, self._config.rollout.truncated)
+        by_place = {places[index]: record for index, record in records.items()}
+        write_step(self._folder / "rollouts", step, self._judged, by_place)
+
+    async def state(self) -> dict[str, Any]:
+        """The data cursor for a checkpoint."""
+        return self._source.state()
+
+    async def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint's cursor."""
+        self._source.restore(state)
+
+    async def close(self) -> None:
+        """Ends servers and verifiers."""
+        await self._source.close()
+
+
+def usable_places(judged: list[JudgedRollout], truncated: Truncated) -> list[int]:
+    """The places of the rollouts to learn from: not aborted, not empty, and not truncated where those are dropped."""
+    return [
+        place
+        for place, item in enumerate(judged)
+        if item.rollout.finish_reason != "abort"
+        and item.rollout.output_ids
+        and not (truncated is Truncated.DROP and item.rollout.finish_reason == "length")
+    ]
+
+
+def make_batch(judged: list[JudgedRollout], truncated: Truncated, vocab_size: int, skipped: int) -> StepBatch:
+    """The step's usable responses as arrays, with counts of the rest.
+
+    RolloutError when none is usable or a token id is not below `vocab_size`.
+    """
+    places = usable_places(judged, truncated)
+    counts = _counts(judged, truncated, skipped)
+    if not places:
+        raise RolloutError(
+            f"none of the step's {counts.sampled} responses is usable: {counts.aborted} aborted, {counts.empty} empty, "
+            f"{counts.dropped_truncated} truncated and dropped; raise rollout.max_new_tokens or set rollout.truncated=keep"
+        )
+    group_of: dict[str, int] = {}
+    responses, names = [], []
+    for index, place in enumerate(places):
+        rollout, verdict = judged[place].rollout, judged[place].verdict
+        name = f"prompt {rollout.prompt.id}, sample {rollout.sample}"
+        group = group_of.setdefault(rollout.prompt.id, len(group_of))
+        responses.append(
+            Response(
+                index=index,
+                group=group,
+                correct=verdict.correct,
+                prompt_ids=_ids(rollout.prompt.token_ids, vocab_size, name),
+                output_ids=_ids(rollout.output_ids, vocab_size, name),
+                engine_logprobs=np.array(rollout.engine_logprobs, dtype=np.float32),
+            )
+        )
+        names.append(name)
+    oldest = min(judged[place].rollout.weight_version for place in places)
+    return StepBatch(tuple(responses), tuple(names), counts, oldest)
+
+
+def _ids(token_ids: tuple[int, ...], vocab_size: int, name: str) -> np.ndarray:
+    ids = np.array(token_ids, dtype=np.int64)
+    outside = (ids < 0) | (ids >= vocab_size)
+    if outside.any():
+        raise RolloutError(
+            f"{name} holds token id {ids[outside][0]}, but student and teacher share only {vocab_size} ids; "
+            "sample with the student's own tokenizer and vocabulary"
+        )
+    return ids
+
+
+def _counts(judged: list[JudgedRollout], truncated: Truncated, skipped: int) -> RolloutCounts:
+    rollouts = [item.rollout for item in judged]
+    num_truncated = sum(rollout.finish_reason == "length" for rollout in rollouts)
+    return RolloutCounts(
+        prompts=len({rollout.prompt.id for rollout in rollouts}),
+        sampled=len(rollouts),
+        aborted=sum(rollout.finish_reason == "abort" for rollout in rollouts),
+        empty=sum(not rollout.output_ids and rollout.finish_reason != "abort" for rollout in rollouts),
+        truncated=num_truncated,
+        dropped_truncated=num_truncated if truncated is Truncated.DROP else 0,
+        verify_errors=sum(item.verdict.error is not None for item in judged),
+        skipped_prompts=skipped,
+    )

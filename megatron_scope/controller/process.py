@@ -1,0 +1,111 @@
+"""The controller as a child process of rank 0: calls over a pipe, one at a time, and no orphan whatever ends the parent."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import signal
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+from megatron_scope.config.schema import Config
+from megatron_scope.controller.core import Controller
+from megatron_scope.errors import ScopeError
+
+CLOSE = "close"
+
+
+class ControllerProcess:
+    """Starts the child at once; a context manager that ends it.
+
+    Errors of the child arrive as the same ScopeError; anything else as a RuntimeError with the child's traceback.
+    """
+
+    def __init__(self, config: Config, vocab_size: int, run_folder: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        # Not daemonic: a daemon may not have children, and the verifiers are its children.
+        self._process = context.Process(
+            target=_serve, args=(theirs, config, vocab_size, run_folder), name="controller", daemon=False
+        )
+        self._process.start()
+        theirs.close()
+        self._receive()
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Runs a method of Controller in the child and returns its result."""
+        try:
+            self._connection.send((method, args))
+        except (BrokenPipeError, OSError):
+            raise self._died() from None
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            failed, value = self._connection.recv()
+        except EOFError:
+            raise self._died() from None
+        if not failed:
+            return value
+        raise value if isinstance(value, ScopeError) else RuntimeError(f"the controller failed:\n{value}")
+
+    def _died(self) -> ScopeError:
+        self._process.join(timeout=5)
+        return ScopeError(
+            f"the controller process ended with exit code {self._process.exitcode}; look at the log above and start again "
+            "with --resume auto"
+        )
+
+    def close(self) -> None:
+        """Ends the child and what it started."""
+        try:
+            self._connection.send((CLOSE, ()))
+        except (BrokenPipeError, OSError):
+            pass  # it has ended already
+        self._process.join(timeout=30)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._connection.close()
+
+    def __enter__(self) -> ControllerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _serve(connection: Connection, config: Config, vocab_size: int, run_folder: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the terminal is rank 0's to handle
+    with asyncio.Runner() as runner:
+        controller = _answer(connection, lambda: Controller(config, vocab_size, run_folder), announce=True)
+        if controller is None:
+            return
+        try:
+            while True:
+                try:
+                    method, args = connection.recv()
+                except EOFError:  # the parent is gone
+                    return
+                if method == CLOSE:
+                    return
+                _answer(connection, lambda: runner.run(getattr(controller, method)(*args)))  # noqa: B023
+        finally:
+            runner.run(controller.close())
+
+
+def _answer(connection: Connection, work: Any, *, announce: bool = False) -> Any:
+    """Runs `work` and sends (failed, result); with `announce` the result itself stays here."""
+    try:
+        result = work()
+        answer = (False, None if announce else result)
+    except ScopeError as error:
+        result, answer = None, (True, error)
+    except Exception:
+        result, answer = None, (True, traceback.format_exc())
+    try:
+        connection.send(answer)
+    except (BrokenPipeError, OSError):
+        pass  # the parent is gone; the loop sees that next
+    return result

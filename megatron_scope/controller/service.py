@@ -1,0 +1,100 @@
+"""Sampling and judging as one service: rollout servers, their weights, and the verifier pool."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+from megatron_scope.config.schema import Config, Engine
+from megatron_scope.errors import ConfigError, RolloutError
+from megatron_scope.records import JudgedRollout, Rollout, SamplingParams, Verdict
+from megatron_scope.rollout.client import ClientOptions, RolloutRequest, ServerClient, collect
+from megatron_scope.rollout.embedded.options import ServeOptions
+from megatron_scope.rollout.process import EmbeddedServer
+from megatron_scope.verify.pool import VerifierPool
+
+
+class RolloutService:
+    """Draws responses with the published weights and judges each as soon as it is finished."""
+
+    def __init__(self, config: Config, vocab_size: int, log_path: Path) -> None:
+        self._config = config
+        self._vocab_size = vocab_size
+        self._log_path = log_path
+        self._embedded: EmbeddedServer | None = None
+        self._clients: list[ServerClient] = []
+        self._verifier = VerifierPool(config.verify.workers, config.verify.timeout_s)
+
+    async def publish(self, folder: Path, version: int) -> None:
+        """Has every server load the weights in `folder` as `version`, and reads the version back."""
+        if not self._clients:
+            await self._connect(folder)
+        path = str(folder.absolute())
+        await asyncio.gather(*(client.update_weights_from_disk(path, version) for client in self._clients))
+
+    async def _connect(self, folder: Path) -> None:
+        rollout = self._config.rollout
+        urls: Sequence[str] = rollout.servers
+        if rollout.engine is Engine.EMBEDDED:
+            self._embedded = EmbeddedServer(
+                ServeOptions(model=str(folder.absolute())),
+                log_path=self._log_path,
+                start_timeout_s=rollout.start_timeout_s,
+            )
+            await asyncio.to_thread(self._embedded.start)
+            urls = (self._embedded.url,)
+        options = ClientOptions(
+            request_timeout_s=rollout.request_timeout_s, control_timeout_s=self._config.sync.timeout_s
+        )
+        key = _api_key(rollout.api_key_env)
+        clients = [ServerClient(url, vocab_size=self._vocab_size, api_key=key, options=options) for url in urls]
+        await asyncio.gather(*(client.wait_healthy(rollout.start_timeout_s) for client in clients))
+        self._clients = clients
+
+    async def sample(
+        self, requests: Sequence[RolloutRequest], params: SamplingParams, version: int
+    ) -> list[JudgedRollout]:
+        """One judged rollout for each request, in the requests' order whatever the order of arrival."""
+        arrived: dict[tuple[str, int], tuple[Rollout, Future[Verdict]]] = {}
+
+        def judge(rollout: Rollout) -> None:
+            if rollout.weight_version != version:
+                raise RolloutError(
+                    f"{rollout.prompt.id}, sample {rollout.sample} comes from weight version {rollout.weight_version}, "
+                    f"expected {version}; does another trainer use this server?"
+                )
+            prompt = rollout.prompt
+            verdict = self._verifier.submit(prompt.task, prompt.answer, rollout.text)
+            arrived[prompt.id, rollout.sample] = (rollout, verdict)
+
+        await collect(
+            self._clients,
+            requests,
+            params,
+            max_concurrent=self._config.rollout.max_concurrent_requests,
+            on_rollout=judge,
+        )
+        judged = []
+        for request in requests:
+            rollout, verdict = arrived[request.prompt.id, request.sample]
+            judged.append(JudgedRollout(rollout, await asyncio.wrap_future(verdict)))
+        return judged
+
+    async def close(self) -> None:
+        """Closes connections, ends the embedded server and the verifiers."""
+        for client in self._clients:
+            await client.close()
+        if self._embedded is not None:
+            await asyncio.to_thread(self._embedded.stop)
+        self._verifier.__exit__(None, None, None)
+
+
+def _api_key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    if not os.environ.get(variable):
+        raise ConfigError(f"rollout.api_key_env names {variable}, which is not set; export it or unset the key")
+    return os.environ[variable]

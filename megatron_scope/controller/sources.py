@@ -1,0 +1,164 @@
+"""Where a step's judged responses come from: sampled now, recorded earlier, or given."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_scope.config.schema import Config, Engine, ObjectiveName
+from megatron_scope.controller.rows import read_steps
+from megatron_scope.controller.service import RolloutService
+from megatron_scope.data.prompts import Cursor, Drawer, Example, example_drawer, prompt_drawer
+from megatron_scope.data.tokenizer import load_tokenizer, stop_token_ids
+from megatron_scope.errors import DataError
+from megatron_scope.records import JudgedRollout, Prompt, Rollout, SamplingParams, Verdict
+from megatron_scope.rollout.client import RolloutRequest, sample_seed
+
+
+class Source(Protocol):
+    """Gives one step's judged rollouts after another."""
+
+    async def produce(self, step: int, version: int) -> list[JudgedRollout]:
+        """The rollouts of `step`, in canonical order: by prompt, then by sample."""
+        ...
+
+    async def publish(self, folder: Path, version: int) -> None:
+        """Takes note of new weights."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Where the data stand, for a checkpoint; `skipped` counts prompts left out so far."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint's state."""
+        ...
+
+    async def close(self) -> None:
+        """Gives back what it holds."""
+        ...
+
+
+def open_source(config: Config, vocab_size: int, log_folder: Path) -> Source:
+    """The source that the config asks for; DataError when its files cannot serve."""
+    folder = str(config.student.hf)
+    if config.objective.name is ObjectiveName.SFT:
+        tokenizer = load_tokenizer(folder)
+        stops = stop_token_ids(config.data, folder, tokenizer)
+        drawer = example_drawer(config.data, tokenizer, stops, config.run.seed)
+        return GivenResponses(drawer, config.rollout.prompts_per_step)
+    if config.rollout.engine is Engine.REPLAY:
+        return ReplayedRollouts(str(config.rollout.file))
+    tokenizer = load_tokenizer(folder)
+    service = RolloutService(config, vocab_size, log_folder / "embedded_server.log")
+    stops = stop_token_ids(config.data, folder, tokenizer)
+    return SampledRollouts(config, prompt_drawer(config.data, tokenizer, config.run.seed), stops, service)
+
+
+class _Drawn:
+    """The cursor of a drawer as a source's state."""
+
+    def __init__(self, drawer: Drawer[Any]) -> None:
+        self._drawer = drawer
+
+    def state(self) -> dict[str, Any]:
+        return dataclasses.asdict(self._drawer.cursor)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._drawer.cursor = Cursor(**state)
+
+
+class SampledRollouts(_Drawn):
+    """N responses to each of the next prompts, drawn by the rollout servers."""
+
+    def __init__(
+        self, config: Config, drawer: Drawer[Prompt], stops: tuple[int, ...], service: RolloutService
+    ) -> None:
+        super().__init__(drawer)
+        self._config = config
+        self._service = service
+        rollout = config.rollout
+        self._params = SamplingParams(
+            rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens, stops
+        )
+
+    async def produce(self, step: int, version: int) -> list[JudgedRollout]:
+        rollout = self._config.rollout
+        requests = [
+            RolloutRequest(
+                prompt, sample, sample_seed(self._config.run.seed, step, prompt.id, sample), f"{step}/{prompt.id}/{sample}"
+            )
+            for prompt in self._drawer.draw(rollout.prompts_per_step)
+            for sample in range(rollout.samples_per_prompt)
+        ]
+        return await self._service.sample(requests, self._params, version)
+
+    async def publish(self, folder: Path, version: int) -> None:
+        await self._service.publish(folder, version)
+
+    async def close(self) -> None:
+        await self._service.close()
+
+
+class ReplayedRollouts:
+    """Recorded rollouts: the k-th step of training takes the k-th recorded step, verdicts included."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._steps = read_steps(path)
+
+    async def produce(self, step: int, version: int) -> list[JudgedRollout]:
+        del version
+        if step > len(self._steps):
+            raise DataError(
+                f"{self._path} holds {len(self._steps)} recorded steps; step {step} has none. Set run.steps to "
+                f"{len(self._steps)} or less"
+            )
+        return self._steps[step - 1]
+
+    async def publish(self, folder: Path, version: int) -> None:
+        del folder, version
+
+    def state(self) -> dict[str, Any]:
+        return {"skipped": 0}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        del state
+
+    async def close(self) -> None:
+        await asyncio.sleep(0)
+
+
+class GivenResponses(_Drawn):
+    """Rows of prompts with responses to learn (sft), all taken as correct."""
+
+    def __init__(self, drawer: Drawer[Example], rows_per_step: int) -> None:
+        super().__init__(drawer)
+        self._rows_per_step = rows_per_step
+
+    async def produce(self, step: int, version: int) -> list[JudgedRollout]:
+        del step
+        return [
+            JudgedRollout(
+                Rollout(
+                    prompt=example.prompt,
+                    sample=0,
+                    output_ids=example.output_ids,
+                    text="",
+                    engine_logprobs=(math.nan,) * len(example.output_ids),
+                    finish_reason="stop",
+                    weight_version=version,
+                ),
+                Verdict(True),
+            )
+            for example in self._drawer.draw(self._rows_per_step)
+        ]
+
+    async def publish(self, folder: Path, version: int) -> None:
+        del folder, version
+
+    async def close(self) -> None:
+        await asyncio.sleep(0)

@@ -1,0 +1,71 @@
+"""The tokenizer of a model folder, and what it says of prompts and stop tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_scope.config.schema import DataConfig
+from megatron_scope.errors import ConfigError, DataError
+
+
+def load_tokenizer(folder: str) -> Any:
+    """The Hugging Face tokenizer of a model folder; DataError when it has none."""
+    from transformers import AutoTokenizer
+
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise DataError(f"{path} is not a folder; expected a Hugging Face model folder with a tokenizer")
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"{path} has no tokenizer that transformers can load ({reason})") from None
+
+
+def check_same_tokens(student: Any, teacher: Any, student_folder: str, teacher_folder: str) -> None:
+    """ConfigError unless both tokenizers map the same tokens to the same ids: token-level distillation compares ids."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    token = differing[0]
+    raise ConfigError(
+        f"the tokenizers of {student_folder} and {teacher_folder} differ in {len(differing)} tokens, for example {token!r}: "
+        f"id {ours.get(token)} and {theirs.get(token)}; student and teacher must share one vocabulary"
+    )
+
+
+def stop_token_ids(config: DataConfig, folder: str, tokenizer: Any) -> tuple[int, ...]:
+    """`data.stop_token_ids`, or the end tokens of generation_config.json, config.json or the tokenizer, first one found."""
+    if config.stop_token_ids is not None:
+        return config.stop_token_ids
+    for name in ("generation_config.json", "config.json"):
+        path = Path(folder).expanduser() / name
+        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
+        if found is not None:
+            return tuple(found) if isinstance(found, list) else (found,)
+    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+
+
+def encode_prompt(config: DataConfig, tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
+    """Token ids of a prompt: `data.prompt_template` filled in, or the tokenizer's chat template up to the answer."""
+    if config.prompt_template is not None:
+        if not isinstance(prompt, str):
+            raise DataError("prompt is a list of messages, which data.prompt_template cannot take; leave it unset")
+        return tokenizer(config.prompt_template.replace("{prompt}", prompt)).input_ids
+    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    if config.system_prompt is not None:
+        messages = [{"role": "system", "content": config.system_prompt}, *messages]
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False, **config.chat_template_kwargs
+    )
+
+
+def check_template(config: DataConfig, tokenizer: Any, folder: str) -> None:
+    """ConfigError when neither a prompt template nor a chat template is at hand."""
+    if config.prompt_template is None and not tokenizer.chat_template:
+        raise ConfigError(
+            f"the tokenizer of {folder} has no chat template; set data.prompt_template, for example '{{prompt}}'"
+        )

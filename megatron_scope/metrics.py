@@ -1,0 +1,88 @@
+"""One step's numbers: RUN/metrics.jsonl's row, with the stages' times."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from megatron_scope.backend.update import UpdateStats
+from megatron_scope.objective.diagnostics import mean_perplexity, one_sided_share, path_spread
+from megatron_scope.records import ResponseTable, RolloutCounts
+
+
+class StageClock:
+    """Wall-clock seconds of each named stage of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSummary:
+    """A step's row of metrics.jsonl; null stands for a mean over nothing."""
+
+    row: dict[str, Any]
+
+
+def step_metrics(
+    *,
+    step: int,
+    stats: UpdateStats,
+    grad_norm: float,
+    lr: float,
+    table: ResponseTable,
+    weights: np.ndarray,
+    student_mean: np.ndarray,
+    teacher_mean: np.ndarray,
+    counts: RolloutCounts,
+    oldest_version: int,
+    seconds: dict[str, float],
+) -> StepSummary:
+    """The row: log-probs and KL in nats, lengths in tokens, times in seconds. Only `seconds` and tokens_per_second vary by run."""
+    correct, incorrect = (path_spread(table, weights, correct=kind) for kind in (True, False))
+    total_s = sum(seconds.values())
+    row = {
+        "step": step,
+        "loss": stats.loss,
+        "nll_correct": stats.nll_correct,
+        "kl_incorrect": stats.kl_incorrect,
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "accuracy": float(table.correct.mean()),
+        "student_ppl_correct": mean_perplexity(student_mean),
+        "teacher_ppl_incorrect": mean_perplexity(teacher_mean),
+        "weight_entropy_correct": correct.entropy,
+        "weight_entropy_incorrect": incorrect.entropy,
+        "effective_sample_size_correct": correct.effective_sample_size,
+        "effective_sample_size_incorrect": incorrect.effective_sample_size,
+        "entropy": stats.entropy,
+        "response_length": float(table.num_tokens.mean()),
+        "one_sided_groups": one_sided_share(table),
+        "logprob_gap_mean": stats.logprob_gap_mean,
+        "logprob_gap_max": stats.logprob_gap_max,
+        "logprob_gap_kl": stats.logprob_gap_kl,
+        **{f"rollouts_{name}": value for name, value in dataclasses.asdict(counts).items()},
+        "weight_version": oldest_version,
+        "staleness": step - 1 - oldest_version,
+        "response_tokens": int(table.num_tokens.sum()),
+        "tokens_per_second": float(table.num_tokens.sum() / total_s),
+        "seconds": {**seconds, "total": total_s},
+        "scoring_hidden_share": 0.0,  # scoring starts when the last response has arrived
+    }
+    return StepSummary({key: _plain(value) for key, value in row.items()})
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,77 @@
+"""What can be known before any rank starts: that the models fit each other, the layout and the data."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from megatron_scope.config.schema import Config, Engine, ModelConfig, ObjectiveName
+from megatron_scope.convert.hf_folder import HfFolder
+from megatron_scope.convert.mapping import check_names
+from megatron_scope.convert.shape import check_layout, padded_vocab_size, spread_layers
+from megatron_scope.data.tokenizer import check_same_tokens, check_template, load_tokenizer
+from megatron_scope.errors import ConfigError, DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """The ids that count in every statistic, and the table size that both models are built at (DESIGN: one vocabulary)."""
+
+    size: int
+    padded_rows: int
+
+
+def needs_teacher(config: Config) -> bool:
+    """Whether the objective asks a teacher at all."""
+    return config.objective.name is not ObjectiveName.SFT
+
+
+def vocabulary(config: Config) -> Vocabulary:
+    """V = the smaller table of student and teacher; both are padded from the larger one."""
+    rows = [HfFolder(str(config.student.hf)).shape.vocab_rows]
+    if needs_teacher(config):
+        rows.append(HfFolder(str(config.teacher.hf)).shape.vocab_rows)
+    return Vocabulary(min(rows), padded_vocab_size(max(rows), config.parallel.tensor))
+
+
+def check_files(config: Config) -> None:
+    """ConfigError or DataError for models, tokenizers, layouts and data files that cannot work together."""
+    student = _check_model(config, config.student)
+    tokenizer = load_tokenizer(str(config.student.hf))
+    size = vocabulary(config).size
+    if needs_teacher(config):
+        _check_model(config, config.teacher)
+        teacher_tokenizer = load_tokenizer(str(config.teacher.hf))
+        check_same_tokens(tokenizer, teacher_tokenizer, str(config.student.hf), str(config.teacher.hf))
+    if len(tokenizer) > size:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens but the smaller model table only {size} rows; use models of one family"
+        )
+    replayed = needs_teacher(config) and config.rollout.engine is Engine.REPLAY
+    source = config.rollout.file if replayed else config.data.train
+    if not Path(str(source)).expanduser().exists():
+        key = "rollout.file" if replayed else "data.train"
+        raise DataError(f"{key} is {source}, which does not exist; expected a JSON-lines file")
+    if not replayed:
+        check_template(config.data, tokenizer, str(config.student.hf))
+        _check_lengths(config, student.shape.max_positions)
+
+
+def _check_model(config: Config, model: ModelConfig) -> HfFolder:
+    folder = HfFolder(str(model.hf))
+    check_names(folder)
+    stages = model.pipeline_layers or spread_layers(folder.shape.num_layers, config.parallel.pipeline)
+    check_layout(folder.shape, config.parallel.tensor, stages, str(folder.path))
+    folder.close()
+    return folder
+
+
+def _check_lengths(config: Config, max_positions: int) -> None:
+    if not needs_teacher(config):
+        return
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if longest > max_positions:
+        raise ConfigError(
+            f"data.max_prompt_tokens + rollout.max_new_tokens is {longest}, but the student has {max_positions} positions; "
+            "lower one of them"
+        )

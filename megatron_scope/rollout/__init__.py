@@ -1,0 +1,1 @@
+"""Rollout servers: the client, the embedded CPU server and its process."""

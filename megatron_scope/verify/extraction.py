@@ -1,0 +1,286 @@
+"""Which part of a response is its final answer.
+
+Everything here runs in the controller without a time limit, so every pattern is linear in the length of the response
+or looks at a bounded window of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+# Markers worth trying from the end; a response that repeats "the answer is" a thousand times must not cost more.
+MAX_MARKERS = 20
+# A phrase after a marker, and the tail in which an unmarked answer is looked for.
+MAX_PHRASE_CHARS = 2000
+MAX_TAIL_CHARS = 4000
+# A response without line break below this length and without prose is taken as the answer itself.
+MAX_BARE_ANSWER_CHARS = 200
+
+BOX_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+BOX_CONNECTOR = re.compile(
+    r"(?:\s|\$|\\[()\[\],;!]|\\quad)*(?:[,;&]|,?\s*(?:and|or)\b|\\text\{\s*(?:and|or)\s*\})(?:\s|\$|\\[()\[\],;!]|\\quad)*"
+)
+ANSWER_MARKER = re.compile(
+    r"""\banswers?\b[*_"']*
+        (?: \s*[:=]                                         # Answer: 5
+          | [^.\n:]{0,80}?\s(?:is|are|equals|=)(?![A-Za-z]) # the answer to the question is 5
+        )[\s:*_]*""",
+    re.IGNORECASE | re.VERBOSE,
+)
+HASH_MARKER = re.compile(r"(?<!#)####(?!#)[ \t]*(?=\S)")
+SENTENCE_END = re.compile(r"[.;](?=\s|[\"'*]|$)|\n")
+MATHS = re.compile(
+    r"(?<!\\)\$\$(?P<display>.+?)(?<!\\)\$\$"
+    r"|(?<!\\)\$(?P<inline>(?:\\.|[^$\\\n])+)\$"
+    r"|\\\[(?P<bracket>.+?)\\\]"
+    r"|\\\((?P<parenthesis>.+?)\\\)"
+    # Outside of formulas a fraction that stands alone; beside an operator it is a part of something.
+    r"|(?<![^\s=:])(?<![-+*/^<>]\s)(?P<fraction>-?\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\})(?=[\s.,;:!?*%]|$)(?!\s*[-+*/^\\])",
+    re.DOTALL,
+)
+MATHS_CONNECTOR = re.compile(r"\s*(?:,?\s*(?:and|or)\b|,)\s*")
+PERCENT = re.compile(r"\s*(?:\\?%|[Pp]er\s?cent\b)")
+# An equality, not \le=, <=, >=, != or :=.
+EQUALS = re.compile(r"(?<![<>!:=\\])=(?!=)")
+ASSIGNED = re.compile(r"\s*\\?[A-Za-z]+(?:_\w|_\{\w+\})?(?:\s*\(\s*\w(?:\s*,\s*\w)*\s*\))?\s*")
+PROSE = re.compile(r"(?<![\\A-Za-z])(?!(?:and|or)\b)[A-Za-z]{2,}[,:]?\s+\S")
+YES_NO = re.compile(r"(?:yes|no|true|false)\b(?=\s*(?:[,.;:!*]|$|because\b|since\b))", re.IGNORECASE)
+
+_NUMBER = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+_EXPRESSION = rf"[-+\u2212]?{_NUMBER}(?:\s*(?:\*\*|[-+*/^\u00d7\u00f7])\s*[-+]?{_NUMBER})*"
+_CURRENCY = r"(?:\\?\$|[\u20ac\u00a3\u00a5\u20b9])\s?"
+# A number that stands alone: not the 2 of "x2", "f(2)" or "{2}", the 5 of "x + 5" or "x*5", the 3 of "3 + x".
+LAST_EXPRESSION = re.compile(
+    rf"(?<![^\s=(\[$\u20ac\u00a3\u00a5\u20b9:*~\u2248,\"'])(?<![-+*/^<>\u2264\u2265]\s)"
+    rf"(?<!\w\()(?<![\w)]\*)(?P<value>{_EXPRESSION}%?)(?![\w^(\[{{\\}}])(?!\s*[-+*/^=<>]\s*[A-Za-z(\\])"
+)
+LEADING_EXPRESSION = re.compile(rf"(?:{_CURRENCY})?(?P<value>{_EXPRESSION})(?P<percent>{PERCENT.pattern})?")
+NUMBER_LINE = re.compile(r"[^A-Za-z\n]*\d[^A-Za-z\n]*")
+LATEX_COMMAND = re.compile(r"\\[A-Za-z]+")
+WORDS_AFTER_NUMBER = re.compile(r"\s+[A-Za-z][A-Za-z'-]+(?:[\s/]+[A-Za-z][A-Za-z'-]*)*[\s.,!*]*")
+
+# Words after a number that change its value, so that it cannot be cut off there.
+VALUE_WORDS = frozenset(
+    """pi sqrt sin cos tan log ln exp mod modulo times over plus minus divided multiplied squared cubed factorial
+    hundred hundreds thousand thousands million millions billion billions trillion trillions dozen dozens score pair
+    pairs half halves third thirds quarter quarters tenth tenths hundredth hundredths and or to by if for when where
+    unless otherwise except not infinity alpha beta gamma delta theta lambda omega root roots base bit choose""".split()
+)
+# Two letters after a number may be a product ("2 xy"), but for these.
+SHORT_UNITS = frozenset("mm cm km kg mg ml ft lb oz hr am pm of in".split())
+# "The answer is correct" gives no answer.
+NO_ANSWERS = frozenset(
+    """correct incorrect right wrong unique given known unknown clear obvious simple simply easy the a an this that it
+    not as in of to for found below above therefore thus then now indeed""".split()
+)
+
+
+def extract_answer(response: str) -> str | None:
+    """The final answer that a response states, as written there, or None where it states none.
+
+    In this order: the last complete \\boxed{...} (several ones joined by "and", "or" or commas count as one list);
+    the last "#### x", "answer is x" or "Answer: x"; without such a marker the last formula or number of the text,
+    and of a chain of equalities ("9458=358=88=6") what follows the last "=". Text before "</think>" is left out if
+    anything follows it.
+    """
+    text = _final_part(response)
+    if "boxed" in text or "fbox" in text:
+        answer, text = _boxed(text)
+        if answer is not None:
+            return answer
+    return _marked(text) or _unmarked(text) or None
+
+
+def last_side(text: str) -> str:
+    """What follows the last "=" of a chain of equalities; the whole text if it is a list ("a=1, b=2") or has none."""
+    if "," in text or ";" in text:
+        return text
+    return EQUALS.split(text)[-1].strip() or text
+
+
+def leading_number(text: str) -> str | None:
+    """The number or expression that opens `text` if nothing but units or prose follows ("18 dollars per day")."""
+    match = LEADING_EXPRESSION.match(text)
+    if match is None:
+        return None
+    rest = text[match.end() :]
+    if rest.strip(" .,*"):
+        words = re.findall(r"[a-z]+", rest.lower())
+        if not WORDS_AFTER_NUMBER.fullmatch(rest) or VALUE_WORDS.intersection(words):
+            return None
+        if len(words[0]) < 3 and words[0] not in SHORT_UNITS:
+            return None
+    return match["value"] + ("%" if match["percent"] else "")
+
+
+def _final_part(response: str) -> str:
+    _, mark, after = response.rpartition("</think>")
+    return after if mark and after.strip() else response
+
+
+def _boxed(text: str) -> tuple[str | None, str]:
+    """(content of the last complete box or list of boxes, text up to the first box that is never closed)."""
+    boxes: list[tuple[int, int, str]] = []
+    open_braces: list[tuple[int, int] | None] = []  # (start, content start) of a box, None for any other brace
+    for token in BOX_TOKEN.finditer(text):
+        if token[0] == "{":
+            open_braces.append(None)
+        elif token[0] == "}":
+            box = open_braces.pop() if open_braces else None
+            if box is not None:
+                boxes.append((box[0], token.end(), text[box[1] : token.start()].strip()))
+        elif token[0].endswith("{") and len(token[0]) > 2:
+            open_braces.append((token.start(), token.end()))
+    unclosed = [brace[0] for brace in open_braces if brace is not None]
+    before_unclosed = text[: unclosed[0]] if unclosed else text
+
+    # Of nested boxes the inner one is the answer; it starts last.
+    boxes = sorted(box for box in boxes if box[2])
+    if not boxes:
+        return None, before_unclosed
+    start, _, content = boxes[-1]
+    answers = [content]
+    for earlier_start, earlier_end, earlier in reversed(boxes[:-1]):
+        between = text[earlier_end:start]
+        if earlier_end > start or len(between) > 60 or not BOX_CONNECTOR.fullmatch(between):
+            break
+        if earlier not in answers:
+            answers.append(earlier)
+        start = earlier_start
+    return ", ".join(reversed(answers)), before_unclosed
+
+
+def _marked(text: str) -> str | None:
+    """The answer after the last marker that one follows."""
+    marks = [(match.end(), _hash_answer) for match in HASH_MARKER.finditer(text)]
+    marks += [(match.end(), _phrase_answer) for match in ANSWER_MARKER.finditer(text)]
+    for end, answer_of in sorted(marks, key=lambda mark: mark[0], reverse=True)[:MAX_MARKERS]:
+        answer = answer_of(text[end : end + MAX_PHRASE_CHARS])
+        if answer:
+            return answer
+    return None
+
+
+def _hash_answer(phrase: str) -> str | None:
+    """A GSM8K answer line; a Markdown heading of the fourth level looks the same but holds words."""
+    line = _without_end_token(phrase.split("\n", 1)[0]).strip().rstrip(".").strip("*").strip()
+    number = leading_number(line)
+    if number is not None:
+        return number
+    return line if NUMBER_LINE.fullmatch(LATEX_COMMAND.sub("", line)) else None
+
+
+def _phrase_answer(phrase: str) -> str | None:
+    formulas = list(_formulas(phrase))
+    if formulas and not phrase[: formulas[0].start()].strip(" *_"):
+        return _joined(phrase, formulas)
+    end = SENTENCE_END.search(phrase)
+    sentence = _without_end_token(phrase[: end.start()] if end else phrase).strip(" \t\r*_\"'`")
+    inside = [formula for formula in formulas if end is None or formula.start() < end.start()]
+    if inside:
+        return _joined(phrase, inside[-1:])
+    number = leading_number(sentence)
+    if number is not None:
+        return number
+    if yes_no := YES_NO.match(sentence):
+        return yes_no[0]
+    if "\\" not in sentence and PROSE.search(sentence) and re.search(r"\d", sentence):
+        return _plain_answer(sentence)
+    if re.search(r"[\d\\=+^]", sentence):
+        return _short_chain(sentence)
+    words = sentence.split()
+    return sentence if 0 < len(words) <= 4 and words[0].lower() not in NO_ANSWERS else None
+
+
+def _unmarked(text: str) -> str | None:
+    if len(text) > MAX_TAIL_CHARS:
+        # From a whole line on: a cut inside of $...$ would pair the dollar signs wrongly.
+        tail = text[-MAX_TAIL_CHARS:]
+        text = tail.partition("\n")[2] or tail
+    text = _without_end_token(text).rstrip().rstrip(".")
+    bare = _bare_answer(text)
+    if bare is not None:
+        return bare
+    formulas = list(_formulas(text))
+    plain_start = formulas[-1].end() if formulas else 0
+    plain = _plain_answer(text[plain_start:])
+    if plain is not None:
+        return plain
+    return last_side(_content(formulas[-1])) if formulas else None
+
+
+def _bare_answer(text: str) -> str | None:
+    """The whole response where it is nothing but an answer: "3t + 1", "(B)", "Yes, because it is compact"."""
+    bare = text.strip(" \t\r\n*_")
+    if yes_no := YES_NO.match(bare):
+        return yes_no[0]
+    if not bare or "\n" in bare or len(bare) > MAX_BARE_ANSWER_CHARS or re.search(r"\$|\\[(\[]", bare):
+        return None
+    if EQUALS.search(bare) or re.search(r":\s|[A-Za-z]:", bare) or PROSE.search(bare):
+        return None
+    return leading_number(bare) or bare
+
+
+def _plain_answer(text: str) -> str | None:
+    """The last number, or what follows the last "=" if that number belongs to it; None without a number."""
+    numbers = list(LAST_EXPRESSION.finditer(text))
+    equals = list(EQUALS.finditer(text))
+    if equals:
+        side = text[equals[-1].end() :].strip()
+        end = SENTENCE_END.search(side)
+        side = (side[: end.start()] if end else side).strip(" *_$")
+        is_last = end is None or not LAST_EXPRESSION.search(text, equals[-1].end() + end.end())
+        if side and is_last:
+            number = leading_number(side)
+            if number is not None:
+                return number
+            if not PROSE.search(side):
+                return side
+    return numbers[-1]["value"] if numbers else None
+
+
+def _formulas(text: str) -> Sequence[re.Match[str]]:
+    """The formulas in $...$, $$...$$, \\(...\\) and \\[...\\]; not prose between two prices ("$5 a day and $6")."""
+    found = []
+    position = 0
+    while (match := MATHS.search(text, position)) is not None:
+        if match["inline"] is not None and "\\" not in match["inline"] and PROSE.search(match["inline"]):
+            position = match.start() + 1
+        else:
+            found.append(match)
+            position = match.end()
+    return found
+
+
+def _content(formula: re.Match[str]) -> str:
+    return next(group for group in formula.groups() if group is not None).strip()
+
+
+def _joined(text: str, formulas: Sequence[re.Match[str]]) -> str:
+    """The first formula and those that follow it as a list ("$1$, $2$ and $3$"), with a percent sign that follows."""
+    answers = [_content(formulas[0])]
+    end = formulas[0].end()
+    for formula in formulas[1:]:
+        if not MATHS_CONNECTOR.fullmatch(text[end : formula.start()]):
+            break
+        answers.append(_content(formula))
+        end = formula.end()
+    percent = r"\%" if PERCENT.match(text, end) else ""
+    return _short_chain(", ".join(answers)) + percent
+
+
+def _short_chain(text: str) -> str:
+    """A chain of equalities cut to its last side, but "x = 5" or "f(x) = 2x" kept whole."""
+    sides = EQUALS.split(text)
+    if len(sides) == 2 and ASSIGNED.fullmatch(sides[0]):
+        return text
+    return last_side(text)
+
+
+def _without_end_token(text: str) -> str:
+    """Drop one "$" at the end that opens no formula: some models are taught to end with it."""
+    stripped = text.rstrip()
+    if stripped.endswith("$") and len(re.findall(r"(?<!\\)\$", stripped)) % 2 == 1:
+        return stripped[:-1]
+    return text

@@ -1,0 +1,260 @@
+"""The rules between settings: each broken one by its message, and the layouts and commands that must pass."""
+
+import dataclasses
+import typing
+
+import pytest
+
+from megatron_scope.config import check
+from megatron_scope.config.check import check_config
+from megatron_scope.config.load import COMMAND_LINE, _apply_override, parse_config
+from megatron_scope.config.schema import Config
+from megatron_scope.errors import ConfigError
+
+TRAIN = (
+    "run.output_dir=runs/x",
+    "student.hf=models/student",
+    "teacher.hf=models/teacher",
+    "data.train=train.jsonl",
+    "rollout.servers=http://localhost:30000",
+)
+
+
+def build(*overrides):
+    mapping = {}
+    for override in overrides:
+        _apply_override(mapping, override, COMMAND_LINE)
+    return parse_config(mapping, "test")
+
+
+def message(*overrides, **options):
+    with pytest.raises(ConfigError) as caught:
+        check_config(build(*TRAIN, *overrides), **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_complete_config_passes():
+    check_config(build(*TRAIN))
+    check_config(build(*TRAIN), world_size=8)
+    check_config(build(*TRAIN), command="evaluate")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options"),
+    [
+        (["parallel.sequence=true"], {}),
+        (["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"], {"world_size": 8}),
+        (["parallel.pipeline=2", "student.pipeline_layers=[0,3]", "teacher.pipeline_layers=[2,1]"], {}),
+        (["rollout.engine=replay", "rollout.file=r.jsonl", "data.train=null", "rollout.servers=[]"], {}),
+        (["rollout.engine=replay", "rollout.file=r.jsonl", "rollout.samples_per_prompt=1"], {}),
+        (["rollout.engine=embedded", "rollout.servers=[]"], {}),
+        (["objective.name=sft", "teacher.hf=null", "rollout.servers=[]", "rollout.samples_per_prompt=1"], {}),
+        (["data.prompt_template=\\boxed{} {x} {prompt}"], {}),
+        (["data.system_prompt=Reason.", "data.chat_template_kwargs.enable_thinking=true"], {}),
+        (
+            ["checkpoint.every=0", "optimizer.clip_grad=0", "optimizer.weight_decay=0", "optimizer.beta1=0"],
+            {},
+        ),
+        (["objective.student_exponent=0", "objective.teacher_exponent=1", "objective.tau=0.5"], {}),
+        (["optimizer.warmup_steps=200"], {}),
+        (["teacher.hf=null", "run.output_dir=null", "data.train=null"], {"command": "evaluate"}),
+    ],
+)
+def test_what_must_be_accepted(overrides, options):
+    check_config(build(*TRAIN, *overrides), **options)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("run.steps=0", "run.steps is 0: it must be 1 or more"),
+        ("parallel.tensor=-2", "parallel.tensor is -2: it must be 1 or more"),
+        ("data.max_prompt_tokens=0", "data.max_prompt_tokens is 0: it must be 1 or more"),
+        ("rollout.max_new_tokens=0", "rollout.max_new_tokens is 0: it must be 1 or more"),
+        ("evaluate.max_new_tokens=0", "evaluate.max_new_tokens is 0: it must be 1 or more"),
+        ("train.micro_batch_tokens=0", "train.micro_batch_tokens is 0: it must be 1 or more"),
+        ("run.seed=-1", "run.seed is -1: it must be 0 or more"),
+        ("checkpoint.every=-1", "checkpoint.every is -1: it must be 0 or more"),
+        ("objective.tau=0", "objective.tau is 0.0: it must be finite and above 0"),
+        ("objective.tau=.nan", "objective.tau is nan: it must be finite and above 0"),
+        ("objective.tau=.inf", "objective.tau is inf: it must be finite and above 0"),
+        ("rollout.temperature=0", "rollout.temperature is 0.0: it must be finite and above 0"),
+        ("objective.student_temperature=-1", "objective.student_temperature is -1.0: it must be finite and"),
+        ("optimizer.lr=0", "optimizer.lr is 0.0: it must be finite and above 0"),
+        ("optimizer.lr=.inf", "optimizer.lr is inf: it must be finite and above 0"),
+        ("optimizer.weight_decay=-0.1", "optimizer.weight_decay is -0.1: it must be finite and 0 or more"),
+        ("objective.teacher_exponent=.nan", "objective.teacher_exponent is nan: it must be finite"),
+        ("rollout.top_p=0", "rollout.top_p is 0.0: it must be above 0 and at most 1 (1 turns it off)"),
+        ("evaluate.top_p=1.5", "evaluate.top_p is 1.5: it must be above 0 and at most 1"),
+        ("rollout.top_k=0", "rollout.top_k is 0: it must be 1 or more, or -1 to turn it off"),
+        ("optimizer.beta2=1", "optimizer.beta2 is 1.0: it must be at least 0 and below 1"),
+        ("data.stop_token_ids=[1,-2]", "data.stop_token_ids has -2: token ids are 0 or more"),
+    ],
+)
+def test_values_out_of_range_are_refused(override, said):
+    assert said in message(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("student.megatron=m", "student.megatron is m: not available in this version; use student.hf"),
+        ("teacher.megatron=m", "teacher.megatron is m: not available in this version; use teacher.hf"),
+        (
+            "teacher.server=http://t:1",
+            "teacher.server is http://t:1: not available in this version; use teacher.hf",
+        ),
+        ("objective.name=opd", "objective.name is opd: not available in this version; use scope or sft"),
+        ("objective.name=grpo", "objective.name is grpo: not available in this version; use scope or sft"),
+        (
+            "objective.preset=official",
+            "objective.preset is official: not available in this version; use paper",
+        ),
+        (
+            "objective.divergence=jsd",
+            "objective.divergence is jsd: not available in this version; use sampled",
+        ),
+        ("objective.ratio_clip=0.2", "objective.ratio_clip is 0.2: not available in this version; use null"),
+        (
+            "objective.kl_coefficient=1e-4",
+            "objective.kl_coefficient is 0.0001: not available in this version",
+        ),
+        ("train.updates_per_batch=2", "train.updates_per_batch is 2: not available in this version; use 1"),
+        ("sync.transport=broadcast", "sync.transport is broadcast: not available in this version; use disk"),
+    ],
+)
+def test_what_is_not_built_yet_is_refused(override, said):
+    assert said in message(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["parallel.context=2"],
+            "parallel.context is 2: it needs Transformer Engine's attention, which is not supported yet; "
+            "set parallel.context=1",
+        ),
+        (["parallel.expert=2"], "no mixture-of-experts family is supported yet; set parallel.expert=1"),
+        (
+            ["parallel.pipeline=2", "student.pipeline_layers=[4]"],
+            "student.pipeline_layers is [4]: it must have 2 entries, one for each pipeline stage",
+        ),
+        (["teacher.pipeline_layers=[-1]"], "teacher.pipeline_layers is [-1]: each entry must be 0 or more"),
+        (
+            ["teacher.pipeline_layers=[0]"],
+            "teacher.pipeline_layers is [0]: each entry must be 0 or more, and one",
+        ),
+        (
+            ["data.prompt_template=Solve:"],
+            "data.prompt_template has 0 {prompt} fields: it must have exactly one",
+        ),
+        (["data.prompt_template={prompt} {prompt}"], "data.prompt_template has 2 {prompt} fields"),
+        (
+            ["data.prompt_template={prompt}", "data.system_prompt=Reason."],
+            "data.system_prompt and data.prompt_template are both set",
+        ),
+        (
+            ["data.prompt_template={prompt}", "data.chat_template_kwargs.a=1"],
+            "data.chat_template_kwargs and data.prompt_template are both set",
+        ),
+        (
+            ["optimizer.schedule=cosine", "optimizer.min_lr=1"],
+            "optimizer.min_lr is 1.0: a cosine schedule ends there, so it must be at most optimizer.lr=5e-05",
+        ),
+        (
+            ["rollout.samples_per_prompt=1"],
+            "rollout.samples_per_prompt is 1: SCOPE weights need a group; use 4 or more (the paper takes 8)",
+        ),
+        (
+            ["run.output_dir=null"],
+            "run.output_dir is not set: the run needs a folder; set run.output_dir=runs/NAME",
+        ),
+        (
+            ["student.hf=null"],
+            "student.hf is not set: there is nothing to train; set student.hf to a Hugging Face",
+        ),
+        (
+            ["teacher.hf=null"],
+            "teacher.hf is not set: the teacher scores incorrect responses; set teacher.hf",
+        ),
+        (
+            ["data.train=null"],
+            "data.train is not set: set data.train to a JSON-lines file of {id, prompt, answer",
+        ),
+        (
+            ["data.train=null", "objective.name=sft"],
+            "data.train is not set: set data.train to a JSON-lines file of {prompt, response} rows",
+        ),
+        (
+            ["rollout.servers=[]"],
+            "rollout.servers is empty: rollout.engine=sglang needs the servers' URLs; "
+            "set rollout.servers=[http://HOST:30000]",
+        ),
+        (
+            ["rollout.servers=localhost:1"],
+            "rollout.servers has 'localhost:1': it must be a URL, as in http://HOST",
+        ),
+        (
+            ["rollout.servers=[http://a, http://a]"],
+            "rollout.servers names a server twice; list each one once",
+        ),
+        (["rollout.engine=replay"], "rollout.file is not set: rollout.engine=replay reads it"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(overrides, said):
+    assert said in message(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["student.hf=null"], "student.hf is not set: there is nothing to evaluate"),
+        (["rollout.engine=replay"], "rollout.engine is replay: an evaluation draws new responses"),
+        (["rollout.servers=[]"], "rollout.servers is empty"),
+    ],
+)
+def test_what_an_evaluation_needs(overrides, said):
+    assert said in message(*overrides, command="evaluate")
+
+
+@pytest.mark.parametrize(("world_size", "above"), [(6, 8), (1, 4), (5, 8)])
+def test_a_world_size_that_the_layout_does_not_divide_is_refused(world_size, above):
+    assert message("parallel.tensor=2", "parallel.pipeline=2", world_size=world_size) == (
+        f"there are {world_size} ranks: parallel.tensor=2 x parallel.pipeline=2 needs a multiple of 4; "
+        f"start {above} ranks or change parallel.tensor and parallel.pipeline"
+    )
+
+
+def test_every_numeric_setting_has_a_range():
+    ranged = {
+        name
+        for table in (
+            "POSITIVE_COUNTS",
+            "COUNTS",
+            "POSITIVE",
+            "NOT_NEGATIVE",
+            "FINITE",
+            "TOP_P",
+            "TOP_K",
+            "BETAS",
+        )
+        for name in getattr(check, f"_{table}")
+    }
+    numeric = {
+        f"{section}.{field}"
+        for section, kind in typing.get_type_hints(Config).items()
+        for field, annotation in typing.get_type_hints(kind).items()
+        if annotation in (int, float)
+    }
+    assert ranged == numeric
+
+
+def test_every_key_in_the_rules_exists():
+    known = {
+        f"{section.name}.{field.name}"
+        for section in dataclasses.fields(Config)
+        for field in dataclasses.fields(getattr(Config(), section.name))
+    }
+    assert {entry.key for entry in check._UNBUILT} <= known

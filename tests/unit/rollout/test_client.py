@@ -1,0 +1,472 @@
+"""The client against a scripted server that misbehaves in each way."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from megatron_scope.errors import RolloutError, SyncError
+from megatron_scope.records import Prompt, Rollout, SamplingParams
+from megatron_scope.rollout.client import (
+    ClientOptions,
+    RolloutRequest,
+    ServerClient,
+    collect,
+    sample_seed,
+)
+from megatron_scope.rollout.wire import generate_body
+
+PARAMS = SamplingParams(temperature=0.6, top_p=0.9, top_k=20, max_new_tokens=4, stop_token_ids=(9,))
+PROMPT = Prompt("p7", (1, 2, 3), "6", "math")
+KEY = "s3cret-key"
+FAST = ClientOptions(request_timeout_s=5, control_timeout_s=5, num_retries=2, first_delay_s=0.01)
+GOOD: dict[str, Any] = {
+    "text": "45",
+    "output_ids": [4, 5, 9],
+    "meta_info": {
+        "id": "r",
+        "finish_reason": {"type": "stop", "matched": 9},
+        "prompt_tokens": 3,
+        "completion_tokens": 3,
+        "weight_version": "3",
+        "weight_versions": [{"version": "3", "start": 0, "end": 3}],
+        "input_token_logprobs": [],
+        "output_token_logprobs": [[-0.5, 4, None], [-1.5, 5, None], [-0.25, 9, None]],
+    },
+}
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Fake:
+    """A server whose paths answer as scripted, and that remembers what it was sent."""
+
+    def __init__(self, **handlers: Handler) -> None:
+        self.bodies: list[Any] = []
+        self.headers: list[Any] = []
+        self.url = ""
+        self._handlers = handlers
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        self.headers.append(request.headers.copy())
+        if request.can_read_body:
+            self.bodies.append(await request.json())
+        return await self._handlers[request.path.strip("/")](request)
+
+    async def __aenter__(self) -> Fake:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self._handle)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        host, port = self._runner.addresses[0][:2]
+        self.url = f"http://{host}:{port}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._runner.cleanup()
+
+
+def answering(value: Any, status: int = 200) -> Handler:
+    async def handler(request: web.Request) -> web.Response:
+        if isinstance(value, str | bytes):
+            return web.Response(body=value, status=status)
+        return web.json_response(value, status=status)
+
+    return handler
+
+
+async def dropping(request: web.Request) -> web.Response:
+    """Cuts the connection without an answer."""
+    assert request.transport is not None
+    request.transport.abort()
+    return web.Response()
+
+
+async def hanging(request: web.Request) -> web.Response:
+    await asyncio.sleep(30)
+    return web.Response()
+
+
+def generate(
+    handler: Handler, options: ClientOptions = FAST, prompt: Prompt = PROMPT
+) -> tuple[Rollout, Fake]:
+    async def run() -> tuple[Rollout, Fake]:
+        async with (
+            Fake(generate=handler) as fake,
+            ServerClient(fake.url, vocab_size=10, api_key=KEY, options=options) as client,
+        ):
+            return await client.generate(prompt, 2, PARAMS, seed=11, rid="step3/p7/2"), fake
+
+    return asyncio.run(run())
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """GOOD with one place changed; `path` is dotted, a final "!" deletes."""
+    body = copy.deepcopy(GOOD)
+    *parents, last = path.split(".")
+    place = body
+    for name in parents:
+        place = place[name]
+    if last.endswith("!"):
+        del place[last[:-1]]
+    else:
+        place[last] = value
+    return body
+
+
+# ---- requests and good answers
+
+
+def test_a_good_answer_becomes_a_rollout() -> None:
+    rollout, fake = generate(answering(GOOD))
+    assert rollout == Rollout(PROMPT, 2, (4, 5, 9), "45", (-0.5, -1.5, -0.25), "stop", 3)
+    assert fake.headers[0]["Authorization"] == f"Bearer {KEY}"
+    assert fake.bodies == [
+        {
+            "input_ids": [1, 2, 3],
+            "sampling_params": {
+                "n": 1,
+                "temperature": 0.6,
+                "top_p": 0.9,
+                "top_k": 20,
+                "max_new_tokens": 4,
+                "stop_token_ids": [9],
+                "no_stop_trim": True,
+                "skip_special_tokens": True,
+                "sampling_seed": 11,
+            },
+            "return_logprob": True,
+            "rid": "step3/p7/2",
+        }
+    ]
+
+
+def test_an_abort_keeps_its_partial_output() -> None:
+    rollout, _ = generate(answering(changed("meta_info.finish_reason", {"type": "abort", "message": "x"})))
+    assert rollout.finish_reason == "abort" and rollout.output_ids == (4, 5, 9)
+
+
+def test_a_response_over_two_versions_carries_the_older_one() -> None:
+    spans = [{"version": "2", "start": 0, "end": 1}, {"version": "3", "start": 1, "end": 3}]
+    assert generate(answering(changed("meta_info.weight_versions", spans)))[0].weight_version == 2
+    assert generate(answering(changed("meta_info.weight_versions!", None)))[0].weight_version == 3
+
+
+def test_sample_seeds_are_31_bits_and_depend_on_all_four() -> None:
+    seed = sample_seed(1, 2, "p", 3)
+    others = {
+        sample_seed(9, 2, "p", 3),
+        sample_seed(1, 9, "p", 3),
+        sample_seed(1, 2, "q", 3),
+        sample_seed(1, 2, "p", 9),
+    }
+    assert seed == sample_seed(1, 2, "p", 3) == 1884136985 and len(others | {seed}) == 5
+    seeds = [sample_seed(0, step, "p", sample) for step in range(50) for sample in range(50)]
+    assert 0 <= min(seeds) and 2**30 < max(seeds) < 2**31 and len(set(seeds)) > 2490
+
+
+# ---- answers that do not hold together
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ([1], "expected a JSON object"),
+        (changed("meta_info!", None), "meta_info is None"),
+        (changed("output_ids", [4, 5]), "3 log-probs for 2 output ids"),
+        (changed("meta_info.output_token_logprobs!", None), "no log-probs for 3 output ids"),
+        (changed("meta_info.output_token_logprobs", [[-1, 4, None]] * 3), "expected one of token 5"),
+        (changed("output_ids", [4, 5, 10]), "not token ids in 0..9"),
+        (changed("output_ids", [4, 5, -1]), "not token ids"),
+        (changed("output_ids", [4, 5, 9, 9, 9]), "max_new_tokens is 4"),
+        (changed("meta_info.weight_version!", None) | {"x": 0}, None),
+        (changed("meta_info.weight_versions", [{"version": "default"}]), "'default'; expected an integer"),
+        (changed("meta_info.weight_versions", "3"), "expected a list of spans"),
+        (changed("meta_info.finish_reason", {"type": "tired"}), "tired"),
+        (changed("meta_info.finish_reason!", None), "finish_reason is None"),
+        (changed("text!", None), "no text"),
+    ],
+)
+def test_answers_are_checked(body: Any, said: str | None) -> None:
+    if said is None:  # the spans alone are enough
+        assert generate(answering(body))[0].weight_version == 3
+        return
+    with pytest.raises(RolloutError) as caught:
+        generate(answering(body))
+    message = str(caught.value)
+    assert said in message and "http://127.0.0.1" in message and "\n" not in message
+    assert "'p7' sample 2" in message
+
+
+def test_a_missing_weight_version_is_an_error() -> None:
+    body = changed("meta_info.weight_versions", [])
+    del body["meta_info"]["weight_version"]
+    with pytest.raises(RolloutError, match="weight version is None"):
+        generate(answering(body))
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "null", '"-1"'])
+def test_a_logprob_that_is_no_finite_number_names_prompt_and_sample(value: str) -> None:
+    text = web.json_response(GOOD).text
+    assert text is not None
+    with pytest.raises(RolloutError, match=r"'p7' sample 2: the log-prob of token 1 .* weights sound"):
+        generate(answering(text.replace("-1.5", value)))
+
+
+@pytest.mark.parametrize("ids", [(1, 10), (-1,), ()])
+def test_prompt_ids_are_checked_before_they_are_sent(ids: tuple[int, ...]) -> None:
+    with pytest.raises(RolloutError, match=r"'bad' has .*expected ids in 0\.\.9"):
+        generate(answering(GOOD), prompt=Prompt("bad", ids, "", "math"))
+
+
+# ---- failures of the exchange
+
+
+@pytest.mark.parametrize(
+    ("handler", "said"),
+    [
+        (answering({"error": "Unauthorized"}, 401), "HTTP 401, the API key is missing or wrong"),
+        (answering({"error": {"message": "input too\nlong"}}, 400), "HTTP 400: input too long"),
+        (answering({"error": "unknown field 'x'"}, 400), "HTTP 400: unknown field 'x'"),
+        (answering({"message": "no"}, 422), "HTTP 422: no"),
+        (answering("<html>down</html>", 503), "HTTP 503: <html>down</html>"),
+        (answering({"error": {"message": f"key {KEY} of the header"}}, 500), r"HTTP 500: key \*\*\* of"),
+        (answering("{half"), "not JSON"),
+        (answering(b"\xff\xfe"), "not JSON"),
+    ],
+)
+def test_error_answers_are_one_line_and_not_retried(handler: Handler, said: str) -> None:
+    calls: list[int] = []
+
+    async def counted(request: web.Request) -> web.StreamResponse:
+        calls.append(1)
+        return await handler(request)
+
+    with pytest.raises(RolloutError, match=said) as caught:
+        generate(counted)
+    message = str(caught.value)
+    assert "/generate" in message and "\n" not in message and KEY not in message and len(calls) == 1
+
+
+def test_a_timeout_is_an_error_and_not_retried() -> None:
+    with pytest.raises(RolloutError, match=r"no answer within 0\.1 s.*rollout\.request_timeout_s"):
+        generate(hanging, ClientOptions(request_timeout_s=0.1))
+
+
+def test_a_dropped_connection_is_tried_again_with_the_same_seed() -> None:
+    calls: list[int] = []
+
+    async def flaky(request: web.Request) -> web.StreamResponse:
+        calls.append(1)
+        return await (dropping if len(calls) < 3 else answering(GOOD))(request)
+
+    rollout, fake = generate(flaky)
+    assert rollout.output_ids == (4, 5, 9)
+    assert [body["rid"] for body in fake.bodies] == ["step3/p7/2", "step3/p7/2-retry1", "step3/p7/2-retry2"]
+    assert {body["sampling_params"]["sampling_seed"] for body in fake.bodies} == {11}
+
+
+def test_retries_are_bounded() -> None:
+    with pytest.raises(RolloutError, match="no connection after 3 attempts"):
+        generate(dropping)
+
+
+def test_a_server_that_is_not_there() -> None:
+    async def run(url: str) -> None:
+        async with ServerClient(url, vocab_size=10, options=FAST) as client:
+            await client.generate(PROMPT, 0, PARAMS, seed=1, rid="r")
+
+    with pytest.raises(RolloutError, match=r"127\.0\.0\.1:9/generate: no connection after 3 attempts"):
+        asyncio.run(run("http://127.0.0.1:9"))
+    with pytest.raises(RolloutError, match="not a URL"):
+        asyncio.run(run("localhost"))
+
+
+def test_something_that_speaks_no_http() -> None:
+    async def run() -> None:
+        async def babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"SSH-2.0-what\r\n\r\n")
+            await writer.drain()
+            writer.close()
+
+        listener = await asyncio.start_server(babble, "127.0.0.1", 0)
+        port = listener.sockets[0].getsockname()[1]
+        async with listener, ServerClient(f"http://127.0.0.1:{port}", vocab_size=10, options=FAST) as client:
+            await client.generate(PROMPT, 0, PARAMS, seed=1, rid="r")
+
+    with pytest.raises(RolloutError, match="is this an SGLang server"):
+        asyncio.run(run())
+
+
+# ---- health and weights
+
+
+def on_fake(test: Callable[[ServerClient], Awaitable[Any]], **handlers: Handler) -> Fake:
+    async def run() -> Fake:
+        async with Fake(**handlers) as fake, ServerClient(fake.url, vocab_size=10, options=FAST) as client:
+            await test(client)
+            return fake
+
+    return asyncio.run(run())
+
+
+def test_waiting_for_health() -> None:
+    states = iter([503, 503, 200])
+
+    async def starting(request: web.Request) -> web.Response:
+        return web.Response(status=next(states))
+
+    on_fake(lambda client: client.wait_healthy(5), health=starting)
+    with pytest.raises(RolloutError, match=r"not healthy after 0\.1 s \(HTTP 503\)"):
+        on_fake(lambda client: client.wait_healthy(0.1), health=answering("", 503))
+
+
+def test_new_weights_are_read_back() -> None:
+    done = answering({"success": True, "message": "ok", "num_paused_requests": 0})
+    fake = on_fake(
+        lambda client: client.update_weights_from_disk("/w", 4),
+        update_weights_from_disk=done,
+        server_info=answering({"weight_version": "4"}),
+    )
+    assert fake.bodies[0]["model_path"] == "/w" and fake.bodies[0]["weight_version"] == "4"
+
+
+@pytest.mark.parametrize(
+    ("update", "info", "said"),
+    [
+        ({"success": True}, {"weight_version": "3"}, "weight version is '3' after an update to 4"),
+        ({"success": True}, {}, "weight version is None"),
+        ({"success": True}, [], "expected a JSON object"),
+        ({"success": False, "message": "shape"}, {}, "did not take /w: shape"),
+        (3, {}, "expected a JSON object"),
+    ],
+)
+def test_weights_that_did_not_arrive_are_a_sync_error(update: Any, info: Any, said: str) -> None:
+    with pytest.raises(SyncError, match=said):
+        on_fake(
+            lambda client: client.update_weights_from_disk("/w", 4),
+            update_weights_from_disk=answering(update),
+            server_info=answering(info),
+        )
+
+
+@pytest.mark.parametrize("handler", [answering({"success": False, "message": "gone"}, 400), dropping])
+def test_a_failed_update_is_a_sync_error(handler: Handler) -> None:
+    with pytest.raises(SyncError, match="gone|no connection"):
+        on_fake(lambda client: client.update_weights_from_disk("/w", 4), update_weights_from_disk=handler)
+
+
+# ---- many requests
+
+
+class Echo(Fake):
+    """Answers with the prompt's last id, after `delay_s`; counts who is inside."""
+
+    def __init__(self, delay_s: float = 0.01) -> None:
+        super().__init__(generate=self._echo)
+        self.now = self.most = 0
+        self._delay_s = delay_s
+
+    async def _echo(self, request: web.Request) -> web.Response:
+        ids = (await request.json())["input_ids"]
+        self.now += 1
+        self.most = max(self.most, self.now)
+        try:
+            await asyncio.sleep(self._delay_s)
+        finally:
+            self.now -= 1
+        if ids[-1] == 9:
+            return web.json_response({"error": {"message": "nine"}}, status=400)
+        body = copy.deepcopy(GOOD)
+        body["output_ids"], body["meta_info"]["output_token_logprobs"] = [ids[-1]], [[-1.0, ids[-1], None]]
+        return web.json_response(body)
+
+
+def group_requests(last_ids: list[int], samples: int = 3) -> list[RolloutRequest]:
+    prompts = [
+        Prompt(str(place), (0,) * (place + 1) + (last,), "", "math") for place, last in enumerate(last_ids)
+    ]
+    return [
+        RolloutRequest(prompt, sample, sample, f"{prompt.id}/{sample}")
+        for prompt in prompts
+        for sample in range(samples)
+    ]
+
+
+def gather(fakes: list[Echo], requests: list[RolloutRequest], max_concurrent: int) -> list[Rollout]:
+    rollouts: list[Rollout] = []
+
+    async def run() -> None:
+        for fake in fakes:
+            await fake.__aenter__()
+        clients = [ServerClient(fake.url, vocab_size=10, options=FAST) for fake in fakes]
+        try:
+            await collect(
+                clients, requests, PARAMS, max_concurrent=max_concurrent, on_rollout=rollouts.append
+            )
+            assert all(client.outstanding_tokens == 0 for client in clients)
+        finally:
+            for client in clients:
+                await client.close()
+            for fake in fakes:
+                await fake.__aexit__()
+
+    asyncio.run(run())
+    return rollouts
+
+
+def test_collect_gives_every_rollout_and_bounds_concurrency() -> None:
+    fakes, requests = [Echo(), Echo()], group_requests([1, 2, 3, 4, 5, 6, 7, 8])
+    rollouts = gather(fakes, requests, 4)
+    assert sorted((r.prompt.id, r.sample) for r in rollouts) == sorted(
+        (r.prompt.id, r.sample) for r in requests
+    )
+    assert all(rollout.output_ids == (rollout.prompt.token_ids[-1],) for rollout in rollouts)
+    assert [fake.most for fake in fakes] == [4, 4]
+
+
+def test_collect_keeps_a_group_on_one_server() -> None:
+    fakes = [Echo(), Echo()]
+    gather(fakes, group_requests([1, 2, 3, 4, 5, 6]), 100)
+    prompts = [{tuple(body["input_ids"]) for body in fake.bodies} for fake in fakes]
+    assert not prompts[0] & prompts[1] and [len(one) for one in prompts] == [3, 3]
+
+
+def test_a_request_that_fails_cancels_the_rest() -> None:
+    fake = Echo(delay_s=0.05)
+    with pytest.raises(RolloutError, match="HTTP 400: nine"):
+        gather([fake], group_requests([9, *[1] * 40]), 3)
+    assert len(fake.bodies) <= 12
+
+
+def test_an_error_of_the_callback_is_raised() -> None:
+    def refuse(rollout: Rollout) -> None:
+        raise ValueError("full")
+
+    async def run() -> None:
+        async with Echo() as fake, ServerClient(fake.url, vocab_size=10) as client:
+            await collect([client], group_requests([1, 2]), PARAMS, max_concurrent=2, on_rollout=refuse)
+
+    with pytest.raises(ValueError, match="full"):
+        asyncio.run(run())
+
+
+def test_the_client_imports_neither_torch_nor_transformers() -> None:
+    script = (
+        "import sys, megatron_scope.rollout.client, megatron_scope.rollout.process\n"
+        "print(sorted({'torch', 'transformers', 'megatron.core'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_request_body_is_plain_json_types() -> None:
+    body = generate_body(RolloutRequest(PROMPT, 0, 1, "r"), PARAMS)
+    assert type(body["input_ids"]) is list and type(body["sampling_params"]["stop_token_ids"]) is list

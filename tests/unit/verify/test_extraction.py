@@ -1,0 +1,123 @@
+import time
+
+import pytest
+
+from megatron_scope.verify.extraction import extract_answer
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"so \boxed{42}.", "42"),
+        (r"so \boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
+        (r"\boxed{\left\{ 1, 2 \right\}}", r"\left\{ 1, 2 \right\}"),
+        (r"first \boxed{1}, no: it is \boxed{2}", "2"),
+        (r"\boxed{x = \boxed{5}}", "5"),
+        (r"\fbox{7}", "7"),
+        (r"\boxed {8}", "8"),
+        (r"The answer is 3. Check: \boxed{4}. The answer is 5.", "4"),
+        (r"x is \boxed{1} or \boxed{2}", "1, 2"),
+        (r"$\boxed{1}$, $\boxed{2}$, and $\boxed{3}$", "1, 2, 3"),
+        (r"\boxed{1} and, once more, \boxed{1}", "1"),
+        (r"\boxed{} but \boxed{6} then \boxed{ }", "6"),
+        (r"\begin{pmatrix} \boxed{1 \\ 2} \end{pmatrix}", r"1 \\ 2"),
+    ],
+)
+def test_last_complete_box_is_the_answer(response, answer):
+    assert extract_answer(response) == answer
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"\boxed{12", None),
+        (r"the total is 7, so \boxed{12", "7"),
+        (r"\boxed{3} and then \boxed{12", "3"),
+    ],
+)
+def test_a_box_that_was_cut_off_gives_no_answer(response, answer):
+    assert extract_answer(response) == answer
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("48 + 24 = 72 clips.\n#### 72", "72"),
+        ("#### $1,234.50", "1,234.50"),
+        ("#### -3", "-3"),
+        ("#### Step 2: count\nThere are 9 left.", "9"),
+        ("The answer is 18 dollars per day.", "18"),
+        ("The final answer is: 5. I hope it is correct.", "5"),
+        ("**Final Answer:** 3.5", "3.5"),
+        ("The answer to the question is $\\frac{3}{4}$.", "\\frac{3}{4}"),
+        ("The answer is\n$$\n\\frac{3}{4}\n$$", "\\frac{3}{4}"),
+        ("The answers are $1$, $2$ and $3$.", "1, 2, 3"),
+        ("the answer is 3 or 4", "3 or 4"),
+        ("the answer is x = 5.", "x = 5"),
+        ("the answer is 3x + 5", "3x + 5"),
+        ("the answer is 2 + 3 = 5", "5"),
+        ("The answer is 50%.", "50%"),
+        ("The answer is $50$ percent", "50\\%"),
+        ("The answer is 5 million.", "5 million"),
+        ("The answer is 2 xy.", "2 xy"),
+        ("The answer is (B).", "(B)"),
+        ("Answer: C", "C"),
+        ("the answer is yes, because 7 is prime", "yes"),
+        ("The answer is Evelyn.", "Evelyn"),
+        ("The answer is 4. Wait. The answer is 6.", "6"),
+        ("So 8 is right; the answer is correct.", "8"),
+        ("The answer is the sum of 5 and 6, which is 11.", "11"),
+        ("<think>The answer is 3.</think> The answer is 4.", "4"),
+        ("<think>The answer is 3.</think>\n", "3"),
+    ],
+)
+def test_marked_answers(response, answer):
+    assert extract_answer(response) == answer
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("9458=358=88=6", "6"),
+        ("9458=358=88=6$", "6"),
+        ("$9458=358=88=6$", "6"),
+        ("94580=9458=358=88=6 $", "6"),
+        ("9458=358=88=-6", "-6"),
+        ("9458=358=88=66", "66"),
+        ("9458=358=88=", "88"),
+        ("6$", "6"),
+        ("5 + 3 = 8 apples.", "8"),
+        ("5 + 3 = 8 apples, and 2 pears.\nSo 10 in all.", "10"),
+        ("So f(x) = 2x", "2x"),
+        ("Hence $y = \\sin x$.", "\\sin x"),
+        ("\\[ x = \\frac{3}{4} \\]", "\\frac{3}{4}"),
+        ("Hence we get \\frac{1}{2}.", "\\frac{1}{2}"),
+        ("It costs $5 a day and $6 a night, so $11.", "11"),
+        ("in total $1,234.50", "1,234.50"),
+        ("it fell to -3.5 degrees", "-3.5"),
+        ("I get 10^5 of them", "10^5"),
+        ("x^2 + 1", "x^2 + 1"),
+        ("(-1, 2)", "(-1, 2)"),
+        ("Yes", "Yes"),
+        ("12:30", "12:30"),
+    ],
+)
+def test_without_a_marker_the_last_side_or_number_counts(response, answer):
+    assert extract_answer(response) == answer
+
+
+@pytest.mark.parametrize(
+    "response", ["", " \n", "$", "$$", "The group is abelian.", "so we get x + 5 then", "about 100m2 of it"]
+)
+def test_no_answer(response):
+    assert extract_answer(response) is None
+
+
+@pytest.mark.parametrize(
+    "unit", ["\\boxed{", "{", "}", "$", "$a ", "the answer is ", "answer: x y\n", "#### ", "1", "1+", "(", "\\[", "="]
+    + ["1 ", "1,234,", "\\frac{", " ", "ab ", "\\boxed{1},", "\\", "1e", "answer"]
+)  # fmt: skip
+def test_no_response_takes_long(unit):
+    start = time.perf_counter()
+    extract_answer(unit * (200_000 // len(unit)) + " 5 x")
+    assert time.perf_counter() - start < 2
