@@ -12,8 +12,9 @@ import numpy as np
 from megatron_scope.backend import checkpoint, setup
 from megatron_scope.backend.distribute import largest, on_rank_zero, scatter_to_replicas
 from megatron_scope.backend.export import save_gradients, save_hf_folder
+from megatron_scope.backend.learning_rate import learning_rate
 from megatron_scope.backend.model import StageModel, build
-from megatron_scope.backend.optimizer import Trainable, learning_rate, make_trainable
+from megatron_scope.backend.optimizer import Trainable, make_trainable
 from megatron_scope.backend.schedule import TokenLogprobs, mean_logprobs, score
 from megatron_scope.backend.setup import Ranks
 from megatron_scope.backend.update import UpdateStats, forward_backward

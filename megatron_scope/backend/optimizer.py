@@ -14,7 +14,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from megatron_scope.backend.model import DTYPES, StageModel
-from megatron_scope.config.schema import OptimizerConfig, Schedule, TrainConfig
+from megatron_scope.config.schema import OptimizerConfig, TrainConfig
 from megatron_scope.errors import TrainingError
 
 
@@ -84,14 +84,3 @@ def make_trainable(stage: StageModel, train: TrainConfig, optimizer: OptimizerCo
     stage.config.finalize_model_grads_func = finalize_model_grads  # pyright: ignore[reportAttributeAccessIssue]
     stage.config.grad_scale_func = inner.scale_loss  # pyright: ignore[reportAttributeAccessIssue]
     return Trainable(stage, wrapped, inner, optimizer.clip_grad)
-
-
-def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
-    """The rate of a step (counted from 0), a function of the step alone: linear warm-up, then the schedule to `min_lr`."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.schedule is Schedule.CONSTANT:
-        return config.lr
-    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
-    left = 1 - progress if config.schedule is Schedule.LINEAR else (1 + math.cos(math.pi * progress)) / 2
-    return config.min_lr + (config.lr - config.min_lr) * left

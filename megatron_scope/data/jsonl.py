@@ -18,8 +18,8 @@ UTF8_MARK = b"\xef\xbb\xbf"
 def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, row) of a JSON-lines file in UTF-8, blank lines skipped, one line in memory.
 
-    Raises DataError (`path:line: what is wrong`) for a file that cannot be read and at the first line that is not
-    a JSON object.
+    Raises DataError (`path:line: what is wrong`) for a file that cannot be read and at the first line that is
+    not a JSON object.
     """
     for line_number, line in read_lines(path):
         yield line_number, parse_row(line, where=f"{path}:{line_number}")
@@ -39,7 +39,7 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
 
 
 def parse_row(line: bytes, *, where: str) -> dict[str, Any]:
-    """The JSON object in `line`; `where` (a path and a line) opens the message of the DataError if it is not one."""
+    """The JSON object in `line`; DataError if it is none, with a message that `where` (path, line) opens."""
     try:
         row = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
@@ -58,15 +58,16 @@ def parse_row(line: bytes, *, where: str) -> dict[str, Any]:
 def write_rows_atomically(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> int:
     """Write one JSON object a line (UTF-8) beside `path`, then rename; returns the number of rows.
 
-    Whatever fails, an error raised by `rows` included, the old file (or none) is left as it was. Raises DataError
-    for a row that JSON cannot hold (NaN and infinity are not JSON: write null) and if the disk refuses.
+    Whatever fails, an error raised by `rows` included, the old file (or none) is left as it was. Raises
+    DataError for a row that JSON cannot hold (NaN and infinity are not JSON: write null) and if the disk
+    refuses.
     """
     path = Path(path)
     # A name of its own beside the target: a rename is atomic only inside one file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     num_rows = 0
     with _blamed_on(path):
-        file = open(temporary, "xb")
+        file = open(temporary, "xb")  # noqa: SIM115 (closed below, where its failure is told apart)
     try:
         try:
             for row in rows:
@@ -90,7 +91,14 @@ def write_rows_atomically(path: str | os.PathLike[str], rows: Iterable[Mapping[s
 
 def json_type(value: Any) -> str:
     """What JSON calls a value, for messages."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 

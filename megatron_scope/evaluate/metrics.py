@@ -28,7 +28,7 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkSummary:
-    """What a benchmark scored: `average` is avg@S (mean accuracy), `pass_at_k` maps each asked k to its estimate."""
+    """What a benchmark scored: `average` is avg@S (mean accuracy), `pass_at_k` maps k to its estimate."""
 
     num_problems: int
     num_samples: int
@@ -56,7 +56,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def mean_accuracy(correct_PS: ArrayLike) -> float:
-    """avg@S: the share of correct samples, of a bool array [P, S]; ValueError for any other type or an empty one."""
+    """avg@S: the share of correct samples of a bool array [P, S]; ValueError for another or an empty one."""
     return float(_correctness(correct_PS).mean())
 
 
@@ -65,8 +65,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """The percentile bootstrap interval (low, high) of the mean of `values`, float [P], one a problem.
 
-    Problems are drawn with replacement `resamples` times; the same seed gives the same interval. Raises ValueError
-    for no or non-finite values, resamples < 1 or a level outside (0, 1).
+    Problems are drawn with replacement `resamples` times; the same seed gives the same interval. Raises
+    ValueError for no or non-finite values, resamples < 1 or a level outside (0, 1).
     """
     values_P = np.asarray(values, dtype=np.float64)
     if values_P.ndim != 1 or len(values_P) == 0:
@@ -94,8 +94,8 @@ def paired_bootstrap_interval(
 ) -> tuple[float, float]:
     """The interval of mean(a - b) where `a` and `b`, float [P], score the same problems in the same order.
 
-    Drawing problems, not scores, keeps each pair together, so that the difficulty of a problem cancels. Raises
-    ValueError for unequal lengths and as `bootstrap_interval` does.
+    Drawing problems, not scores, keeps each pair together, so that the difficulty of a problem cancels.
+    Raises ValueError for unequal lengths and as `bootstrap_interval` does.
     """
     a_P, b_P = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a_P.shape != b_P.shape:
@@ -108,8 +108,8 @@ def benchmark_summary(
 ) -> BenchmarkSummary:
     """avg@S and pass@k for each k in `ks` with intervals over problems, of a bool array [P, S].
 
-    All intervals use the same resampled problems. Raises ValueError for an array that is not bool [P, S] or is
-    empty, and for a k outside 1..S.
+    All intervals use the same resampled problems. Raises ValueError for an array that is not bool [P, S] or
+    is empty, and for a k outside 1..S.
     """
     correct_PS = _correctness(correct)
     num_problems, num_samples = correct_PS.shape

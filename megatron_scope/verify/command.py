@@ -21,7 +21,7 @@ TEXT_FIELDS = ("task", "answer", "response")
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """How many rows were written, were correct, and carry an error (bad rows and answers that nobody could judge)."""
+    """Rows written, correct ones, and those with an error (bad rows, answers that could not be judged)."""
 
     num_rows: int
     num_correct: int
@@ -31,11 +31,12 @@ class Summary:
 def verify_file(
     input_path: str | os.PathLike[str], output_path: str | os.PathLike[str], workers: int, timeout_s: float
 ) -> Summary:
-    """Write each row {id, task, answer, response, ...} of a JSON-lines file with `correct`, `extracted`, `error`.
+    """Write each row {id, task, answer, response, ...} again with `correct`, `extracted` and `error` added.
 
-    Rows keep their order. A row that is not JSON, lacks a field or holds a wrong type is written too, as incorrect
-    with an error that names its line, and the rest is still judged. The output appears whole or not at all. Raises
-    DataError for an input that cannot be read or an output that cannot be written, ConfigError as VerifierPool does.
+    Rows keep their order. A row that is not JSON, lacks a field or holds a wrong type is written too, as
+    incorrect with an error that names its line, and the rest is still judged. The output appears whole or not
+    at all. Raises DataError for an input that cannot be read or an output that cannot be written, ConfigError
+    as VerifierPool does.
     """
     counts = {"rows": 0, "correct": 0, "errors": 0}
     with VerifierPool(workers, timeout_s) as pool:
@@ -69,7 +70,9 @@ def _submitted(line_number: int, line: bytes, pool: VerifierPool) -> tuple[dict[
 def _check_fields(row: dict[str, Any], *, where: str) -> None:
     missing = [name for name in ("id", *TEXT_FIELDS) if name not in row]
     if missing:
-        raise DataError(f"{where}: no field {', '.join(map(repr, missing))}; a row is {{id, task, answer, response}}")
+        raise DataError(
+            f"{where}: no field {', '.join(map(repr, missing))}; a row is {{id, task, answer, response}}"
+        )
     if not isinstance(row["id"], (str, int)) or isinstance(row["id"], bool):
         raise DataError(f"{where}: 'id' is {json_type(row['id'])}, expected text or a number")
     for name in TEXT_FIELDS:

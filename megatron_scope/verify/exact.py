@@ -1,6 +1,7 @@
 """Decisions about two answers that need no computer algebra: equal as written, or both plain numbers.
 
-Like the extraction this runs without a time limit: patterns match whole short strings, and numbers are bounded.
+Like the extraction this runs without a time limit: patterns match whole short strings, and numbers are
+bounded.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import dataclasses
 import re
 from fractions import Fraction
 
-from megatron_scope.verify.extraction import EQUALS, last_side, leading_number
+from megatron_scope.verify.extraction import EQUALS, last_side, leading_number, word_set
 
 # Beyond these a "number" is left to the time-limited worker: 1e999999999 would fill the memory.
 MAX_NUMBER_CHARS = 400
@@ -28,7 +29,8 @@ ONE_SCRIPT = re.compile(r"([\^_]) ?\{ ?(\w|\\circ) ?\}")
 TEXT_COMMAND = r"\\(?:text(?:normal|rm|bf|it)?|mathrm|mbox)"
 WHOLE_TEXT = re.compile(rf"{TEXT_COMMAND} ?\{{([^{{}}\\]*)\}}")
 TRAILING_UNIT = re.compile(
-    rf"(?P<body>.*[\d}})])(?:\^\\circ)? ?{TEXT_COMMAND} ?\{{(?P<unit>[^{{}}\\\d]*)\}}(?P<power>\^[23])?", re.DOTALL
+    rf"(?P<body>.*[\d}})])(?:\^\\circ)? ?{TEXT_COMMAND} ?\{{(?P<unit>[^{{}}\\\d]*)\}}(?P<power>\^[23])?",
+    re.DOTALL,
 )
 TRAILING_WORD = re.compile(r"(?P<body>.*[\d})]) ?(?P<unit>[A-Za-z]{2,})(?P<power>\^[23])?", re.DOTALL)
 CLOSED_DOLLARS = re.compile(r"\$\$?([^$]+)\$\$?")
@@ -76,16 +78,16 @@ UNITS = {
     for spelling in spellings.split()
 }
 # Text after a number that is more than a unit: it changes the value or states a condition.
-NO_UNITS = frozenset(
-    """and or if for when where unless otherwise except mod modulo hundred thousand million billion trillion dozen
-    percent percentage base times squared cubed half halves third thirds quarter quarters tenths hundredths is
-    even odd prime not all any""".split()
+NO_UNITS = word_set(
+    """and or if for when where unless otherwise except mod modulo hundred thousand million billion trillion
+    dozen percent percentage base times squared cubed half halves third thirds quarter quarters tenths
+    hundredths is even odd prime not all any"""
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class PlainNumber:
-    """A rational as written: `places` digits after the point and `digits` significant ones, if it is a decimal."""
+    """A rational as written: of a decimal, `places` digits follow the point and `digits` are significant."""
 
     value: Fraction
     percent: bool = False
@@ -106,8 +108,9 @@ class Comparison:
 def compare(answer: str, extracted: str) -> Comparison:
     """Compare `extracted` with the ground truth `answer` as far as text and plain numbers go.
 
-    Equal: the same text after rewrites that keep the value, or equal numbers. Unequal: two plain numbers (integers,
-    decimals, fractions, percentages) or words that differ, a number and a word, and known units that differ.
+    Equal: the same text after rewrites that keep the value, or equal numbers. Unequal: two plain numbers
+    (integers, decimals, fractions, percentages) or words that differ, a number and a word, and known units
+    that differ.
     """
     gold, got = normalised(answer), normalised(extracted)
     if EQUALS.search(got) and not EQUALS.search(gold):
@@ -142,8 +145,8 @@ def _as_words_or_numbers(gold: str, got: str) -> bool | None:
 def normalised(text: str) -> str:
     """`text` in one of several equivalent spellings; texts of different value keep different spellings.
 
-    Spaces go only where they separate nothing ("1 2" stays, "100, 200" does not become the number "100,200"), and
-    \\text{...} only around the whole.
+    Spaces go only where they separate nothing ("1 2" stays, "100, 200" does not become the number "100,200"),
+    and \\text{...} only around the whole.
     """
     text = _without_period(text.strip()).replace("\u2212", "-").replace("\u00b0", r"^\circ")
     text = text.replace(r"\displaystyle", " ").replace(r"\!", "").replace("{,}", ",").replace(r"\%", "%")
@@ -183,14 +186,14 @@ def split_unit(text: str) -> tuple[str, str | None]:
 
 
 def units_differ(gold_unit: str | None, unit: str | None) -> bool:
-    """Whether both units are known and not the same; an answer without one, or with an unknown one, is let through."""
+    """Whether both units are known and not the same; no unit, or an unknown one, may stand for any."""
     known = {*UNITS.values()}
     both_known = all(one is not None and one.partition("^")[0] in known for one in (gold_unit, unit))
     return both_known and gold_unit != unit
 
 
 def plain_number(text: str) -> PlainNumber | None:
-    """The integer, decimal, fraction, mixed number, power-of-ten product or percentage that `text` wholly is."""
+    """The integer, decimal, fraction, mixed number, power-of-ten product or percentage that `text` is."""
     text = text.strip()
     if not text or len(text) > MAX_NUMBER_CHARS:
         return None
@@ -227,9 +230,10 @@ def _close(a: PlainNumber, b: PlainNumber) -> bool:
     if a.value == b.value:
         return True
     for decimal in (a, b):
-        if decimal.places is not None and min(decimal.places, decimal.digits) >= MIN_ROUNDED_DIGITS:
-            if abs(a.value - b.value) * 2 * Fraction(10) ** decimal.places <= 1:
-                return True
+        if decimal.places is None or min(decimal.places, decimal.digits) < MIN_ROUNDED_DIGITS:
+            continue
+        if abs(a.value - b.value) * 2 * Fraction(10) ** decimal.places <= 1:
+            return True
     return False
 
 
@@ -295,7 +299,12 @@ _POWER_OF_TEN = r" ?(?:\\times|\\cdot|\*|x|\u00d7) ?10\^(?:\{ ?(?P<exponent>[-+]
 NUMBER_FORMS = (
     (re.compile(rf"(?P<whole>{_DIGITS})?(?:\.(?P<decimals>\d+))?(?P<exponent>)(?P<power>)(?<=\d)"), _decimal),
     (re.compile(rf"(?P<whole>{_DIGITS})\.(?P<decimals>)(?P<exponent>)(?P<power>)"), _decimal),
-    (re.compile(r"(?P<whole>\d+)?(?:\.(?P<decimals>\d+))?(?<=\d)[eE](?P<exponent>[-+]?\d{1,6})(?P<power>)"), _decimal),
+    (
+        re.compile(
+            r"(?P<whole>\d+)?(?:\.(?P<decimals>\d+))?(?<=\d)[eE](?P<exponent>[-+]?\d{1,6})(?P<power>)"
+        ),
+        _decimal,
+    ),
     (re.compile(rf"(?P<whole>\d+)?(?:\.(?P<decimals>\d+))?(?<=\d){_POWER_OF_TEN}"), _decimal),
     (re.compile(r"(?:(?P<mixed>\d+) )?(?P<numerator>\d+)/(?P<denominator>\d+)"), _fraction),
     (re.compile(r"(?P<mixed>\d+)? ?\\frac\{(?P<numerator>\d+)\}\{(?P<denominator>\d+)\}"), _fraction),

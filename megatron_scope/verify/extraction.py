@@ -1,7 +1,7 @@
 """Which part of a response is its final answer.
 
-Everything here runs in the controller without a time limit, so every pattern is linear in the length of the response
-or looks at a bounded window of it.
+Everything here runs in the controller without a time limit, so every pattern is linear in the length of the
+response or looks at a bounded window of it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-# Markers worth trying from the end; a response that repeats "the answer is" a thousand times must not cost more.
+
+def word_set(words: str) -> frozenset[str]:
+    """The words of a text, for tables that read better as one."""
+    return frozenset(words.split())
+
+
+# Markers worth trying, from the end: "the answer is" a thousand times over must not cost more.
 MAX_MARKERS = 20
 # A phrase after a marker, and the tail in which an unmarked answer is looked for.
 MAX_PHRASE_CHARS = 2000
@@ -18,8 +24,9 @@ MAX_TAIL_CHARS = 4000
 MAX_BARE_ANSWER_CHARS = 200
 
 BOX_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_MATHS_SPACE = r"(?:\s|\$|\\[()\[\],;!]|\\quad)*"
 BOX_CONNECTOR = re.compile(
-    r"(?:\s|\$|\\[()\[\],;!]|\\quad)*(?:[,;&]|,?\s*(?:and|or)\b|\\text\{\s*(?:and|or)\s*\})(?:\s|\$|\\[()\[\],;!]|\\quad)*"
+    rf"{_MATHS_SPACE}(?:[,;&]|,?\s*(?:and|or)\b|\\text\{{\s*(?:and|or)\s*\}}){_MATHS_SPACE}"
 )
 ANSWER_MARKER = re.compile(
     r"""\banswers?\b[*_"']*
@@ -36,7 +43,8 @@ MATHS = re.compile(
     r"|\\\[(?P<bracket>.+?)\\\]"
     r"|\\\((?P<parenthesis>.+?)\\\)"
     # Outside of formulas a fraction that stands alone; beside an operator it is a part of something.
-    r"|(?<![^\s=:])(?<![-+*/^<>]\s)(?P<fraction>-?\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\})(?=[\s.,;:!?*%]|$)(?!\s*[-+*/^\\])",
+    r"|(?<![^\s=:])(?<![-+*/^<>]\s)(?P<fraction>-?\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\})"
+    r"(?=[\s.,;:!?*%]|$)(?!\s*[-+*/^\\])",
     re.DOTALL,
 )
 MATHS_CONNECTOR = re.compile(r"\s*(?:,?\s*(?:and|or)\b|,)\s*")
@@ -61,28 +69,29 @@ LATEX_COMMAND = re.compile(r"\\[A-Za-z]+")
 WORDS_AFTER_NUMBER = re.compile(r"\s+[A-Za-z][A-Za-z'-]+(?:[\s/]+[A-Za-z][A-Za-z'-]*)*[\s.,!*]*")
 
 # Words after a number that change its value, so that it cannot be cut off there.
-VALUE_WORDS = frozenset(
-    """pi sqrt sin cos tan log ln exp mod modulo times over plus minus divided multiplied squared cubed factorial
-    hundred hundreds thousand thousands million millions billion billions trillion trillions dozen dozens score pair
-    pairs half halves third thirds quarter quarters tenth tenths hundredth hundredths and or to by if for when where
-    unless otherwise except not infinity alpha beta gamma delta theta lambda omega root roots base bit choose""".split()
+VALUE_WORDS = word_set(
+    """pi sqrt sin cos tan log ln exp mod modulo times over plus minus divided multiplied squared cubed
+    factorial hundred hundreds thousand thousands million millions billion billions trillion trillions dozen
+    dozens score pair pairs half halves third thirds quarter quarters tenth tenths hundredth hundredths and or
+    to by if for when where unless otherwise except not infinity alpha beta gamma delta theta lambda omega
+    root roots base bit choose"""
 )
 # Two letters after a number may be a product ("2 xy"), but for these.
-SHORT_UNITS = frozenset("mm cm km kg mg ml ft lb oz hr am pm of in".split())
+SHORT_UNITS = word_set("mm cm km kg mg ml ft lb oz hr am pm of in")
 # "The answer is correct" gives no answer.
-NO_ANSWERS = frozenset(
-    """correct incorrect right wrong unique given known unknown clear obvious simple simply easy the a an this that it
-    not as in of to for found below above therefore thus then now indeed""".split()
+NO_ANSWERS = word_set(
+    """correct incorrect right wrong unique given known unknown clear obvious simple simply easy the a an this
+    that it not as in of to for found below above therefore thus then now indeed"""
 )
 
 
 def extract_answer(response: str) -> str | None:
     """The final answer that a response states, as written there, or None where it states none.
 
-    In this order: the last complete \\boxed{...} (several ones joined by "and", "or" or commas count as one list);
-    the last "#### x", "answer is x" or "Answer: x"; without such a marker the last formula or number of the text,
-    and of a chain of equalities ("9458=358=88=6") what follows the last "=". Text before "</think>" is left out if
-    anything follows it.
+    In this order: the last complete \\boxed{...} (several ones joined by "and", "or" or commas count as one
+    list); the last "#### x", "answer is x" or "Answer: x"; without such a marker the last formula or number
+    of the text, and of a chain of equalities ("9458=358=88=6") what follows the last "=". Text before
+    "</think>" is left out if anything follows it.
     """
     text = _final_part(response)
     if "boxed" in text or "fbox" in text:
@@ -93,14 +102,14 @@ def extract_answer(response: str) -> str | None:
 
 
 def last_side(text: str) -> str:
-    """What follows the last "=" of a chain of equalities; the whole text if it is a list ("a=1, b=2") or has none."""
+    """What follows the last "=" of a chain of equalities; all of a text without "=" or of a list."""
     if "," in text or ";" in text:
         return text
     return EQUALS.split(text)[-1].strip() or text
 
 
 def leading_number(text: str) -> str | None:
-    """The number or expression that opens `text` if nothing but units or prose follows ("18 dollars per day")."""
+    """The number or expression that opens `text` if only units or prose follow ("18 dollars per day")."""
     match = LEADING_EXPRESSION.match(text)
     if match is None:
         return None
@@ -115,14 +124,16 @@ def leading_number(text: str) -> str | None:
 
 
 def _final_part(response: str) -> str:
-    _, mark, after = response.rpartition("</think>")
-    return after if mark and after.strip() else response
+    before, mark, after = response.rpartition("</think>")
+    return after if after.strip() or not mark else before
 
 
 def _boxed(text: str) -> tuple[str | None, str]:
     """(content of the last complete box or list of boxes, text up to the first box that is never closed)."""
     boxes: list[tuple[int, int, str]] = []
-    open_braces: list[tuple[int, int] | None] = []  # (start, content start) of a box, None for any other brace
+    open_braces: list[
+        tuple[int, int] | None
+    ] = []  # (start, content start) of a box, None for any other brace
     for token in BOX_TOKEN.finditer(text):
         if token[0] == "{":
             open_braces.append(None)
@@ -241,7 +252,7 @@ def _plain_answer(text: str) -> str | None:
 
 
 def _formulas(text: str) -> Sequence[re.Match[str]]:
-    """The formulas in $...$, $$...$$, \\(...\\) and \\[...\\]; not prose between two prices ("$5 a day and $6")."""
+    """The formulas in $...$, $$...$$, \\(...\\), \\[...\\]; not text between two prices ("$5 or $6")."""
     found = []
     position = 0
     while (match := MATHS.search(text, position)) is not None:
@@ -258,7 +269,7 @@ def _content(formula: re.Match[str]) -> str:
 
 
 def _joined(text: str, formulas: Sequence[re.Match[str]]) -> str:
-    """The first formula and those that follow it as a list ("$1$, $2$ and $3$"), with a percent sign that follows."""
+    """The first formula and those listed after it ("$1$, $2$ and $3$"), with a percent sign that follows."""
     answers = [_content(formulas[0])]
     end = formulas[0].end()
     for formula in formulas[1:]:

@@ -18,27 +18,27 @@ MAX_SHOWN_CHARS = 200
 FLOAT_PLACES = 6
 NUMERIC_DIGITS = 15
 MAX_EXTRA_DIGITS = 1000
-# What the library's parser misreads, and what is therefore equal only as text: "1 2" (it adds or multiplies), the gcd
-# or lcm of letters (it computes them, gcd(m, n) = 1), ratios of three (a:b:c is a/b/c to it).
+# What the library's parser misreads, and what is therefore equal only as text: "1 2" (it adds or multiplies),
+# the gcd or lcm of letters (it computes them, gcd(m, n) = 1), ratios of three (a:b:c is a/b/c to it).
 MISREAD = re.compile(r"(?<![\w^.])\d[\d.]*\s+\d|\\gcd|\\lcm|lcm\b|:[^:]*:")
 
 
 def verify_math(response: str, answer: str) -> Verdict:
     """Judge one response against the ground truth answer, in this process and without a time limit.
 
-    A response that states no answer is incorrect with `extracted=None` and no error. `error` is set where the answer
-    could not be judged: an empty ground truth, an answer of over 4096 characters, a failure of math-verify. Long
-    simplifications can take for ever: `VerifierPool` adds the limit.
+    A response that states no answer is incorrect with `extracted=None` and no error. `error` is set where the
+    answer could not be judged: an empty ground truth, an answer of over 4096 characters, a failure of
+    math-verify. Long simplifications can take for ever: `VerifierPool` adds the limit.
     """
+    judged = judge_at_once(response, answer)
+    return judged if isinstance(judged, Verdict) else judge_with_library(judged, answer)
+
+
+def judge_at_once(response: str, answer: str) -> Verdict | str:
+    """The verdict where text and plain numbers decide, else the extracted answer that needs the library."""
     extracted = extract_answer(response)
-    verdict = judge_exactly(extracted, answer)
-    return judge_with_library(extracted or "", answer) if verdict is None else verdict
-
-
-def judge_exactly(extracted: str | None, answer: str) -> Verdict | None:
-    """The verdict on an extracted answer where text and plain numbers decide, else None; fast and bounded."""
     if not answer.strip():
-        return Verdict(False, _shown(extracted), error="the ground truth answer is empty")
+        return Verdict(False, _shown(extracted), "the ground truth answer is empty")
     if extracted is None:
         return Verdict(False)
     for name, text in (("ground truth", answer), ("extracted", extracted)):
@@ -46,11 +46,11 @@ def judge_exactly(extracted: str | None, answer: str) -> Verdict | None:
             error = f"the {name} answer has {len(text)} characters, at most {MAX_ANSWER_CHARS} are compared"
             return Verdict(False, _shown(extracted), error)
     comparison = compare(answer, extracted)
-    return None if comparison.equal is None else Verdict(comparison.equal, extracted)
+    return extracted if comparison.equal is None else Verdict(comparison.equal, extracted)
 
 
 def judge_with_library(extracted: str, answer: str) -> Verdict:
-    """The verdict of math-verify on two answers that `judge_exactly` leaves open; may take very long."""
+    """The verdict of math-verify on two answers that `judge_at_once` leaves open; may take very long."""
     comparison = compare(answer, extracted)
     try:
         return Verdict(_equal_formulas(comparison.gold, comparison.got), extracted)
@@ -67,8 +67,8 @@ def _equal_formulas(gold: str, got: str) -> bool:
 
     if MISREAD.search(gold) or MISREAD.search(got):
         return False
-    # The answer is extracted already: the library must read all of it, and not pick a number from a text that it
-    # cannot parse. Units are ours too, since the library takes the "t" of "3t" for one.
+    # The answer is extracted already: the library must read all of it, and not pick a number from a text that
+    # it cannot parse. Units are ours too, since the library takes the "t" of "3t" for one.
     config = LatexExtractionConfig(
         try_extract_without_anchor=False,
         boxed_match_priority=0,
@@ -92,7 +92,7 @@ def _equal_formulas(gold: str, got: str) -> bool:
 
 
 def _formula(text: str) -> str:
-    """`text` with a number rewritten where the parser reads another: 3e8 (three e eight) and 0.\\overline{3}."""
+    """`text` with numbers rewritten that the parser misreads: 3e8 (as three e eight) and 0.\\overline{3}."""
     number = plain_number(text)
     if number is None or not re.search(r"[eE]|\\overline", text):
         return text

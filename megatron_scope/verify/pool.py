@@ -10,6 +10,7 @@ import multiprocessing
 import resource
 import signal
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -21,33 +22,34 @@ from pebble import ProcessExpired, ProcessPool
 
 from megatron_scope.errors import ConfigError, ScopeError
 from megatron_scope.records import Verdict
-from megatron_scope.verify.extraction import extract_answer
-from megatron_scope.verify.math_answer import judge_exactly, judge_with_library
+from megatron_scope.verify.math_answer import judge_at_once, judge_with_library
 
 KNOWN_TASKS = ("math",)
 # What a worker may allocate beyond its start; sympy can ask for all memory long before the time limit.
 WORKER_MEMORY_BYTES = 2 << 30
-# How often an answer is tried again in a new pool because the pool it waited in broke.
-MAX_RESTARTS = 2
+# Process pools that may break one after the other, none having judged anything, before answers are given up.
+MAX_FAILED_POOLS = 3
 WATCH_INTERVAL_S = 0.5
+# Beyond one answer's limit: time for workers to start on a busy machine. Silence for longer means a lost job.
+STALL_S = 120.0
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Job:
     """An answer under way in a worker, or waiting for one."""
 
     extracted: str
     answer: str
-    restarts: int = 0
 
 
 class VerifierPool:
-    """Judges answers, the easy ones at once and the others in `workers` processes, `timeout_s` seconds at most each.
+    """Judges answers, easy ones at once, others in `workers` processes for at most `timeout_s` seconds each.
 
-    A context manager: leaving it waits for the answers under way, or drops them if an exception passes. Processes are
-    spawned at the first answer that needs one, so the main module must be importable (an `if __name__ ==
-    "__main__"` guard), and the caller must not be a daemonic process. `judge` is what a worker runs on (extracted
-    answer, ground truth answer), a module-level function. Raises ConfigError for workers < 1 or timeout_s <= 0.
+    A context manager: leaving it waits for the answers under way, or drops them if an exception passes.
+    Processes are spawned at the first answer that needs one, so the main module must be importable (an `if
+    __name__ == "__main__"` guard), and the caller must not be a daemonic process. `judge` is what a worker
+    runs on (extracted answer, ground truth answer), a module-level function. Raises ConfigError for workers <
+    1 or timeout_s <= 0.
     """
 
     def __init__(
@@ -69,6 +71,8 @@ class VerifierPool:
         self._pending: dict[Future[Verdict], _Job] = {}
         self._watcher: threading.Thread | None = None
         self._closed = threading.Event()
+        self._has_finished = False  # whether the present process pool has done any job
+        self._progress_s = 0.0  # when a job was last done, on the monotonic clock
 
     def __enter__(self) -> VerifierPool:
         return self
@@ -90,26 +94,27 @@ class VerifierPool:
     def submit(self, task: str, answer: str, response: str) -> Future[Verdict]:
         """The verdict on a response, as a future that never holds an exception and cannot be cancelled.
 
-        Done already where text and plain numbers decide. Whatever keeps an answer from being judged (an unknown
-        task, wrong types, a time-out, a dead process) is told by `Verdict.error`. Raises ScopeError only if the
-        pool is closed or no process can be started from here.
+        Done already where text and plain numbers decide. Whatever keeps an answer from being judged (an
+        unknown task, wrong types, a time-out, a dead process) is told by `Verdict.error`. Raises ScopeError
+        only if the pool is closed or no process can be started from here.
         """
         future: Future[Verdict] = Future()
         future.set_running_or_notify_cancel()
         if problem := _problem(task, answer, response):
             future.set_result(_failed(problem))
             return future
-        extracted = extract_answer(response)
-        verdict = judge_exactly(extracted, answer)
-        if verdict is not None or extracted is None:
-            future.set_result(verdict or Verdict(False))
+        judged = judge_at_once(response, answer)
+        if isinstance(judged, Verdict):
+            future.set_result(judged)
             return future
         # Only the extracted answer travels: nothing long waits in the queue.
-        job = _Job(extracted, answer)
+        job = _Job(judged, answer)
         with self._lock:
             if self._closed.is_set():
                 raise ScopeError("the verifier pool is closed")
             pool = self._running_pool()
+            if not self._pending:
+                self._progress_s = time.monotonic()
             self._pending[future] = job
         self._schedule(pool, future, job)
         return future
@@ -118,7 +123,9 @@ class VerifierPool:
         """The process pool, made at its first use; the caller holds the lock."""
         if self._pool is None:
             if multiprocessing.current_process().daemon:
-                raise ScopeError("a daemonic process cannot start verifier processes; start it with daemon=False")
+                raise ScopeError(
+                    "a daemonic process cannot start verifier processes; start it with daemon=False"
+                )
             self._pool = ProcessPool(
                 max_workers=self._workers,
                 initializer=_start_worker,
@@ -132,7 +139,9 @@ class VerifierPool:
     def _schedule(self, pool: ProcessPool, future: Future[Verdict], job: _Job) -> None:
         try:
             process_job = pool.schedule(
-                _judge_guarded, args=(self._judge, job.extracted, job.answer, self._timeout_s), timeout=self._timeout_s
+                _judge_guarded,
+                args=(self._judge, job.extracted, job.answer, self._timeout_s),
+                timeout=self._timeout_s,
             )
         except RuntimeError:
             # The pool is broken: the watcher moves everything that is pending to a new one.
@@ -152,32 +161,40 @@ class VerifierPool:
         except CancelledError:
             verdict = _failed("the verifier pool was stopped", job.extracted)
         except Exception as error:
-            verdict = _failed(f"verifier failed: {type(error).__name__}: {error}"[:300], job.extracted)
+            verdict = _failed(
+                f"verifier failed: {type(error).__name__}: {error}"[:300].rstrip(": "), job.extracted
+            )
+        self._has_finished = True
         self._resolve(future, verdict)
 
     def _watch(self) -> None:
-        """Replace the process pool when it breaks.
+        """Replace the process pool when it breaks or stalls, and send it again what was under way.
 
-        A worker that dies while none is at work breaks all of pebble's pool, which may then forget queued jobs.
+        A worker that dies while none is at work breaks all of pebble's pool, which may forget queued jobs.
         """
+        failed_pools = 0
         while not self._closed.wait(WATCH_INTERVAL_S):
             with self._lock:
-                broken = self._pool
-                if broken is None or _is_active(broken):
+                pool = self._pool
+                silence_s = time.monotonic() - self._progress_s if self._pending else 0.0
+                if pool is None or (_is_active(pool) and silence_s <= self._timeout_s + STALL_S):
                     continue
                 self._pool = None
-            broken.join()
-            for future in self._snapshot():
-                job = self._pending.get(future)
-                if job is None:
-                    continue
-                job.restarts += 1
-                if job.restarts > MAX_RESTARTS:
-                    verdict = _failed("no verifier process stays alive; see the log of this run", job.extracted)
-                    self._resolve(future, verdict)
-                    continue
-                with self._lock:
-                    pool = self._running_pool()
+                failed_pools = 0 if self._has_finished else failed_pools + 1
+                self._has_finished = False
+                self._progress_s = time.monotonic()
+            pool.stop()
+            pool.join()
+            if failed_pools >= MAX_FAILED_POOLS:
+                failed_pools = 0
+                for future in self._snapshot():
+                    self._resolve(future, _failed("no verifier process stays alive; see the log of this run"))
+                continue
+            with self._lock:
+                jobs = list(self._pending.items())
+                pool = self._running_pool()
+            # One sent to the new pool meanwhile goes twice; the first verdict counts.
+            for future, job in jobs:
                 self._schedule(pool, future, job)
 
     def _snapshot(self) -> list[Future[Verdict]]:
@@ -187,6 +204,7 @@ class VerifierPool:
     def _resolve(self, future: Future[Verdict], verdict: Verdict) -> None:
         with self._lock:
             first = self._pending.pop(future, None) is not None
+            self._progress_s = time.monotonic()
         if first:
             future.set_result(verdict)
 
@@ -234,7 +252,9 @@ def _virtual_bytes() -> int | None:
         return None
 
 
-def _judge_guarded(judge: Callable[[str, str], Verdict], extracted: str, answer: str, timeout_s: float) -> Verdict:
+def _judge_guarded(
+    judge: Callable[[str, str], Verdict], extracted: str, answer: str, timeout_s: float
+) -> Verdict:
     # The pool enforces the limit; the alarm ends a worker whose pool was killed and can enforce nothing.
     signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 60)
     try:

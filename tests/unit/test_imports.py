@@ -107,7 +107,7 @@ def violations(source: str, path: str) -> list[str]:
     for line, name in imported(ast.parse(source), module, is_package):
         if lies_in(name, PACKAGE):
             ours = name.removeprefix(PACKAGE).removeprefix(".")
-            is_attribute = ours == "" or ours.startswith("__version__")
+            is_attribute = ours in ("", "__version__")
             if not is_attribute and not any(lies_in(ours, allowed) for allowed in (part, *ALLOWED[part])):
                 found.append(f"{path}:{line}: {part} may not import {name}")
         for library, homes in CONFINED.items():

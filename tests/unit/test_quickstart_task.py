@@ -1,4 +1,4 @@
-"""The quickstart's task: its solutions, its checker, what it writes, and that its models and tokenizer load."""
+"""The quickstart's task: solutions, their checker, what it writes, and that its models and tokenizer load."""
 
 import importlib.util
 import itertools
@@ -186,3 +186,4 @@ def test_the_scope_config_samples_and_evaluates_at_temperature_one():
     assert (evaluate.temperature, evaluate.top_p, evaluate.top_k) == (1.0, 1.0, -1)
     assert (config.run.steps, rollout.prompts_per_step, rollout.samples_per_prompt) == (120, 32, 8)
     assert rollout.max_new_tokens == evaluate.max_new_tokens == 22
+    assert config.data.max_prompt_tokens + rollout.max_new_tokens <= task.MAX_POSITIONS

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from megatron_scope.errors import DataError
-from megatron_scope.rollout.embedded.options import DTypeName
+from megatron_scope.rollout.embedded.options import DTypeName, require_model_folder
 
 # Decoder-only families that cache plain keys and values per position.
 SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
@@ -256,8 +256,7 @@ class ServedModel:
 
 def _read_config(folder: str) -> Any:
     """The folder's model configuration; DataError where there is none or its family cannot be served."""
-    if not (Path(folder) / "config.json").is_file():
-        raise DataError(f"{folder}: got no config.json; expected a Hugging Face model folder: mend --model")
+    require_model_folder(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except LOAD_ERRORS as error:

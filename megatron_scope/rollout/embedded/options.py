@@ -7,6 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from megatron_scope.errors import DataError
+
 DTypeName = Literal["float32", "bfloat16"]
 
 
@@ -88,6 +90,12 @@ def flags_of(options: ServeOptions) -> list[str]:
         if value is not None:
             flags += ["--" + field.name.replace("_", "-"), str(value)]
     return flags
+
+
+def require_model_folder(folder: str) -> None:
+    """DataError unless `folder` has a config.json: found out before anything slow is imported."""
+    if not (Path(folder) / "config.json").is_file():
+        raise DataError(f"{folder}: got no config.json; expected a Hugging Face model folder: mend --model")
 
 
 def write_port_file(path: str, port: int) -> None:

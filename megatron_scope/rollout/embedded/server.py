@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -13,13 +14,40 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from megatron_scope.errors import ConfigError
-from megatron_scope.rollout.embedded.options import ServeOptions, write_port_file
+from megatron_scope.rollout.embedded.options import ServeOptions, require_model_folder, write_port_file
 
 if TYPE_CHECKING:
     from megatron_scope.rollout.embedded.model import ServedModel
 
-SHUTDOWN_S = 0.5
+SHUTDOWN_S = 0.2
 PARENT_POLL_S = 1.0
+
+
+class Parent:
+    """The process that this server must not outlive; its birth tells it from a later one of its number."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._born = self._birth()
+
+    def is_alive(self) -> bool:
+        """False once the process is gone, or a zombie."""
+        return self._born is not None and self._birth() == self._born
+
+    def _birth(self) -> str | None:
+        """Its start time from /proc; on systems without /proc a constant while the process exists."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None if Path("/proc/self/stat").exists() else self._answers_signals()
+        return None if fields[0] in "ZX" else fields[19]
+
+    def _answers_signals(self) -> str | None:
+        try:
+            os.kill(self.pid, 0)
+        except OSError:
+            return None
+        return "alive"
 
 
 def serve(options: ServeOptions) -> None:
@@ -29,16 +57,20 @@ def serve(options: ServeOptions) -> None:
     """
     _check(options)
     api_key = _api_key(options.api_key_env)
-    listener = _bind(options)
-    with listener:
+    parent = None if options.parent_pid is None else Parent(options.parent_pid)
+    with _bind(options) as listener:
         from megatron_scope.rollout.embedded.model import ServedModel
 
         model = ServedModel(options.model, options.dtype)
-        asyncio.run(_serve(options, listener, model, api_key))
+        asyncio.run(_serve(options, listener, model, api_key, parent))
 
 
 async def _serve(
-    options: ServeOptions, listener: socket.socket, model: ServedModel, api_key: str | None
+    options: ServeOptions,
+    listener: socket.socket,
+    model: ServedModel,
+    api_key: str | None,
+    parent: Parent | None,
 ) -> None:
     from megatron_scope.rollout.embedded.app import EmbeddedApp
     from megatron_scope.rollout.embedded.tokenizer import load_tokenizer
@@ -62,46 +94,26 @@ async def _serve(
         print(
             f"embedded server: {options.model} on http://{options.host}:{port}", file=sys.stderr, flush=True
         )
-        await _until_stopped(stop, options.parent_pid)
+        await _until_stopped(stop, parent)
     finally:
         await runner.cleanup()
         app.close()
 
 
-async def _until_stopped(stop: asyncio.Event, parent_pid: int | None) -> None:
-    """Returns on a signal, or once the process `parent_pid` is no longer the one it was."""
-    born = None if parent_pid is None else _birth(parent_pid)
+async def _until_stopped(stop: asyncio.Event, parent: Parent | None) -> None:
+    """Returns on a signal, or once the parent is gone."""
     while not stop.is_set():
-        if parent_pid is not None and (born is None or _birth(parent_pid) != born):
+        if parent is not None and not parent.is_alive():
             print(
-                f"embedded server: parent process {parent_pid} is gone, ending", file=sys.stderr, flush=True
+                f"embedded server: parent process {parent.pid} is gone, ending", file=sys.stderr, flush=True
             )
             return
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), PARENT_POLL_S)
-        except TimeoutError:
-            continue
-
-
-def _birth(pid: int) -> str | None:
-    """What tells a live process from a later one of the same number; None where it is gone or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None if Path("/proc/self/stat").exists() else _answers_signals(pid)
-    return None if fields[0] in "ZX" else fields[19]
-
-
-def _answers_signals(pid: int) -> str | None:
-    """For systems without /proc: a constant while the process exists."""
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return None
-    return "alive"
 
 
 def _check(options: ServeOptions) -> None:
+    require_model_folder(options.model)
     for name in ("max_running_requests", "context_length", "max_total_tokens", "threads"):
         value = getattr(options, name)
         if value is not None and value < 1:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.unit.rollout.bench import EOS, Bench
+
 ALPHABET = "0123456789+=-*"
 VOCAB_SIZE = 16  # the alphabet, then <eos>, then <pad>
-EOS, PAD = 14, 15
+PAD = 15
 
 
 def _config(family: str, **changes: Any) -> Any:
@@ -50,7 +52,8 @@ def _tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {character: index for index, character in enumerate(ALPHABET)} | {"<eos>": EOS, "<pad>": PAD}
+    vocabulary = {character: index for index, character in enumerate(ALPHABET)}
+    vocabulary |= {"<eos>": EOS, "<pad>": PAD}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -59,7 +62,7 @@ def _tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """make_model(family, seed=0, std=0.2, **config changes) -> a folder, made once per session and arguments."""
+    """make_model(family, seed=0, std=0.2, **config changes) -> a folder, made once per session."""
     made: dict[str, Path] = {}
 
     def make(family: str = "qwen2", seed: int = 0, std: float = 0.2, **changes: Any) -> Path:
@@ -79,3 +82,17 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def bench(make_model: Callable[..., Path]) -> Iterator[Callable[..., Bench]]:
+    """bench(folder=None, **serve options) -> a running engine, closed after the test."""
+    made: list[Bench] = []
+
+    def build(folder: Path | None = None, **options: Any) -> Bench:
+        made.append(Bench(folder or make_model(), **options))
+        return made[-1]
+
+    yield build
+    for one in made:
+        one.engine.close(5)

@@ -13,85 +13,26 @@ import pytest
 from aiohttp import web
 
 from megatron_scope.errors import RolloutError, SyncError
-from megatron_scope.records import Prompt, Rollout, SamplingParams
+from megatron_scope.records import Prompt, Rollout
 from megatron_scope.rollout.client import (
     ClientOptions,
     RolloutRequest,
     ServerClient,
-    collect,
     sample_seed,
 )
 from megatron_scope.rollout.wire import generate_body
-
-PARAMS = SamplingParams(temperature=0.6, top_p=0.9, top_k=20, max_new_tokens=4, stop_token_ids=(9,))
-PROMPT = Prompt("p7", (1, 2, 3), "6", "math")
-KEY = "s3cret-key"
-FAST = ClientOptions(request_timeout_s=5, control_timeout_s=5, num_retries=2, first_delay_s=0.01)
-GOOD: dict[str, Any] = {
-    "text": "45",
-    "output_ids": [4, 5, 9],
-    "meta_info": {
-        "id": "r",
-        "finish_reason": {"type": "stop", "matched": 9},
-        "prompt_tokens": 3,
-        "completion_tokens": 3,
-        "weight_version": "3",
-        "weight_versions": [{"version": "3", "start": 0, "end": 3}],
-        "input_token_logprobs": [],
-        "output_token_logprobs": [[-0.5, 4, None], [-1.5, 5, None], [-0.25, 9, None]],
-    },
-}
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-class Fake:
-    """A server whose paths answer as scripted, and that remembers what it was sent."""
-
-    def __init__(self, **handlers: Handler) -> None:
-        self.bodies: list[Any] = []
-        self.headers: list[Any] = []
-        self.url = ""
-        self._handlers = handlers
-
-    async def _handle(self, request: web.Request) -> web.StreamResponse:
-        self.headers.append(request.headers.copy())
-        if request.can_read_body:
-            self.bodies.append(await request.json())
-        return await self._handlers[request.path.strip("/")](request)
-
-    async def __aenter__(self) -> Fake:
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", self._handle)
-        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        host, port = self._runner.addresses[0][:2]
-        self.url = f"http://{host}:{port}"
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._runner.cleanup()
-
-
-def answering(value: Any, status: int = 200) -> Handler:
-    async def handler(request: web.Request) -> web.Response:
-        if isinstance(value, str | bytes):
-            return web.Response(body=value, status=status)
-        return web.json_response(value, status=status)
-
-    return handler
-
-
-async def dropping(request: web.Request) -> web.Response:
-    """Cuts the connection without an answer."""
-    assert request.transport is not None
-    request.transport.abort()
-    return web.Response()
-
-
-async def hanging(request: web.Request) -> web.Response:
-    await asyncio.sleep(30)
-    return web.Response()
+from tests.unit.rollout.fake_server import (
+    FAST,
+    GOOD,
+    KEY,
+    PARAMS,
+    PROMPT,
+    Fake,
+    Handler,
+    answering,
+    dropping,
+    hanging,
+)
 
 
 def generate(
@@ -169,7 +110,7 @@ def test_sample_seeds_are_31_bits_and_depend_on_all_four() -> None:
     }
     assert seed == sample_seed(1, 2, "p", 3) == 1884136985 and len(others | {seed}) == 5
     seeds = [sample_seed(0, step, "p", sample) for step in range(50) for sample in range(50)]
-    assert 0 <= min(seeds) and 2**30 < max(seeds) < 2**31 and len(set(seeds)) > 2490
+    assert min(seeds) >= 0 and 2**30 < max(seeds) < 2**31 and len(set(seeds)) > 2490
 
 
 # ---- answers that do not hold together
@@ -359,103 +300,8 @@ def test_weights_that_did_not_arrive_are_a_sync_error(update: Any, info: Any, sa
 
 @pytest.mark.parametrize("handler", [answering({"success": False, "message": "gone"}, 400), dropping])
 def test_a_failed_update_is_a_sync_error(handler: Handler) -> None:
-    with pytest.raises(SyncError, match="gone|no connection"):
+    with pytest.raises(SyncError, match=r"gone|no connection"):
         on_fake(lambda client: client.update_weights_from_disk("/w", 4), update_weights_from_disk=handler)
-
-
-# ---- many requests
-
-
-class Echo(Fake):
-    """Answers with the prompt's last id, after `delay_s`; counts who is inside."""
-
-    def __init__(self, delay_s: float = 0.01) -> None:
-        super().__init__(generate=self._echo)
-        self.now = self.most = 0
-        self._delay_s = delay_s
-
-    async def _echo(self, request: web.Request) -> web.Response:
-        ids = (await request.json())["input_ids"]
-        self.now += 1
-        self.most = max(self.most, self.now)
-        try:
-            await asyncio.sleep(self._delay_s)
-        finally:
-            self.now -= 1
-        if ids[-1] == 9:
-            return web.json_response({"error": {"message": "nine"}}, status=400)
-        body = copy.deepcopy(GOOD)
-        body["output_ids"], body["meta_info"]["output_token_logprobs"] = [ids[-1]], [[-1.0, ids[-1], None]]
-        return web.json_response(body)
-
-
-def group_requests(last_ids: list[int], samples: int = 3) -> list[RolloutRequest]:
-    prompts = [
-        Prompt(str(place), (0,) * (place + 1) + (last,), "", "math") for place, last in enumerate(last_ids)
-    ]
-    return [
-        RolloutRequest(prompt, sample, sample, f"{prompt.id}/{sample}")
-        for prompt in prompts
-        for sample in range(samples)
-    ]
-
-
-def gather(fakes: list[Echo], requests: list[RolloutRequest], max_concurrent: int) -> list[Rollout]:
-    rollouts: list[Rollout] = []
-
-    async def run() -> None:
-        for fake in fakes:
-            await fake.__aenter__()
-        clients = [ServerClient(fake.url, vocab_size=10, options=FAST) for fake in fakes]
-        try:
-            await collect(
-                clients, requests, PARAMS, max_concurrent=max_concurrent, on_rollout=rollouts.append
-            )
-            assert all(client.outstanding_tokens == 0 for client in clients)
-        finally:
-            for client in clients:
-                await client.close()
-            for fake in fakes:
-                await fake.__aexit__()
-
-    asyncio.run(run())
-    return rollouts
-
-
-def test_collect_gives_every_rollout_and_bounds_concurrency() -> None:
-    fakes, requests = [Echo(), Echo()], group_requests([1, 2, 3, 4, 5, 6, 7, 8])
-    rollouts = gather(fakes, requests, 4)
-    assert sorted((r.prompt.id, r.sample) for r in rollouts) == sorted(
-        (r.prompt.id, r.sample) for r in requests
-    )
-    assert all(rollout.output_ids == (rollout.prompt.token_ids[-1],) for rollout in rollouts)
-    assert [fake.most for fake in fakes] == [4, 4]
-
-
-def test_collect_keeps_a_group_on_one_server() -> None:
-    fakes = [Echo(), Echo()]
-    gather(fakes, group_requests([1, 2, 3, 4, 5, 6]), 100)
-    prompts = [{tuple(body["input_ids"]) for body in fake.bodies} for fake in fakes]
-    assert not prompts[0] & prompts[1] and [len(one) for one in prompts] == [3, 3]
-
-
-def test_a_request_that_fails_cancels_the_rest() -> None:
-    fake = Echo(delay_s=0.05)
-    with pytest.raises(RolloutError, match="HTTP 400: nine"):
-        gather([fake], group_requests([9, *[1] * 40]), 3)
-    assert len(fake.bodies) <= 12
-
-
-def test_an_error_of_the_callback_is_raised() -> None:
-    def refuse(rollout: Rollout) -> None:
-        raise ValueError("full")
-
-    async def run() -> None:
-        async with Echo() as fake, ServerClient(fake.url, vocab_size=10) as client:
-            await collect([client], group_requests([1, 2]), PARAMS, max_concurrent=2, on_rollout=refuse)
-
-    with pytest.raises(ValueError, match="full"):
-        asyncio.run(run())
 
 
 def test_the_client_imports_neither_torch_nor_transformers() -> None:

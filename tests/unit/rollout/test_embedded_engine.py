@@ -3,101 +3,22 @@
 from __future__ import annotations
 
 import random
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+from megatron_scope.rollout.embedded import engine as engine_module
+from megatron_scope.rollout.embedded.block import block_length, block_slots
+from megatron_scope.rollout.embedded.model import ServedModel
+from megatron_scope.rollout.embedded.options import ServeOptions
+from tests.unit.rollout.bench import EOS, body, mixed_bodies
 
-from megatron_scope.errors import DataError  # noqa: E402
-from megatron_scope.rollout.embedded import engine as engine_module  # noqa: E402
-from megatron_scope.rollout.embedded.block import block_length, block_slots  # noqa: E402
-from megatron_scope.rollout.embedded.engine import Engine  # noqa: E402
-from megatron_scope.rollout.embedded.model import ServedModel, WeightsError  # noqa: E402
-from megatron_scope.rollout.embedded.options import ServeOptions  # noqa: E402
-from megatron_scope.rollout.embedded.protocol import Answer, Sample, parse_call  # noqa: E402
-from megatron_scope.rollout.embedded.sampling import draw, uniforms  # noqa: E402
-
-EOS = 14
 FAMILIES = ("qwen2", "qwen2_window", "llama", "qwen3", "mistral_window", "qwen3_moe")
 Make = Callable[..., Path]
-
-
-class Bench:
-    """An engine and the answers that it gave, by sample id."""
-
-    def __init__(self, folder: Path, **options: Any) -> None:
-        self.model = ServedModel(str(folder), options.pop("dtype", "float32"))
-        self.answers: dict[str, Answer] = {}
-        self._arrived = threading.Condition()
-        self.engine = Engine(self.model, ServeOptions(model=str(folder), **options), self._deliver)
-
-    def _deliver(self, finished: list[tuple[Sample, Answer]]) -> None:
-        with self._arrived:
-            self.answers.update({sample.id: answer for sample, answer in finished})
-            self._arrived.notify_all()
-
-    def samples(self, body: dict[str, Any]) -> tuple[Sample, ...]:
-        return parse_call({"return_logprob": True, **body}, self.engine.limits).samples
-
-    def wait(self, ids: Sequence[str]) -> list[Answer]:
-        with self._arrived:
-            assert self._arrived.wait_for(lambda: all(name in self.answers for name in ids), 30)
-            return [self.answers.pop(name) for name in ids]
-
-    def run(self, bodies: Sequence[dict[str, Any]]) -> list[Answer]:
-        samples = [sample for body in bodies for sample in self.samples(body)]
-        self.engine.submit(samples)
-        return self.wait([sample.id for sample in samples])
-
-    def forward(self, tokens: Sequence[int], temperature: float = 1.0) -> np.ndarray:
-        """float64 log-probs [T, V] of transformers' own forward pass."""
-        with torch.no_grad():
-            logits = self.model._model(torch.tensor([list(tokens)])).logits[0].double()
-        return torch.log_softmax(logits / temperature, -1).numpy()
-
-
-@pytest.fixture
-def bench(make_model: Make) -> Iterator[Callable[..., Bench]]:
-    made: list[Bench] = []
-
-    def build(folder: Path | None = None, **options: Any) -> Bench:
-        made.append(Bench(folder or make_model(), **options))
-        return made[-1]
-
-    yield build
-    for one in made:
-        one.engine.close(5)
-
-
-def body(prompt: Sequence[int], seed: int = 0, **sampling: Any) -> dict[str, Any]:
-    return {
-        "input_ids": list(prompt),
-        "sampling_params": {"sampling_seed": seed, "max_new_tokens": 12, **sampling},
-    }
-
-
-def mixed_bodies(count: int, seed: int = 3) -> list[dict[str, Any]]:
-    """Requests of many lengths, temperatures and restrictions."""
-    rng = random.Random(seed)
-    return [
-        body(
-            [rng.randrange(14) for _ in range(rng.randint(1, 40))],
-            seed=rng.randrange(2**31),
-            max_new_tokens=rng.randint(1, 60),
-            temperature=rng.choice([0, 0.6, 1.0, 1.7]),
-            top_p=rng.choice([1.0, 0.8]),
-            top_k=rng.choice([-1, 5]),
-            ignore_eos=rng.random() < 0.5,
-        )
-        for _ in range(count)
-    ]
 
 
 # ---- numbers
@@ -263,67 +184,6 @@ def test_sampling_frequencies_follow_the_distribution(bench: Any) -> None:
         assert chi_square < 40  # 15 degrees of freedom at most: p < 0.0005, and the seeds are fixed
 
 
-def test_restrictions_keep_the_support_and_the_reported_logprobs() -> None:
-    rng = np.random.default_rng(0)
-    logits = np.repeat(rng.normal(size=(1, 20)).astype(np.float32) * 2, 4000, 0)
-    probs = np.exp(logits[0].astype(float))
-    probs /= probs.sum()
-    order = np.argsort(-probs)
-    rows = len(logits)
-    for top_p, top_k, support in ((0.5, -1, None), (1.0, 3, 3), (0.9, 2, 2), (1.0, -1, 20)):
-        drawn = draw(
-            logits,
-            temperature=np.ones(rows),
-            top_p=np.full(rows, top_p),
-            top_k=np.full(rows, top_k),
-            uniform=rng.random(rows),
-        )
-        size = support or int(np.searchsorted(np.cumsum(probs[order]), top_p) + 1)
-        assert set(drawn.ids) <= set(order[:size])
-        assert len(set(drawn.ids)) == min(size, len(set(drawn.ids))) and drawn.finite.all()
-        np.testing.assert_allclose(drawn.logprobs, np.log(probs[drawn.ids]), atol=1e-12)
-        restricted = probs[order[:size]] / probs[order[:size]].sum()
-        share = np.array([(drawn.ids == token).mean() for token in order[:size]])
-        np.testing.assert_allclose(share, restricted, atol=0.04)
-
-
-def test_a_draw_never_takes_an_impossible_token() -> None:
-    logits = np.array([[-np.inf, 0.0, -np.inf, 1.0, -np.inf]], dtype=np.float32)
-    for uniform in (0.0, 1.0 - 2.0**-53):
-        drawn = draw(
-            logits,
-            temperature=np.ones(1),
-            top_p=np.ones(1),
-            top_k=np.array([-1]),
-            uniform=np.array([uniform]),
-        )
-        assert drawn.ids[0] == (1 if uniform == 0.0 else 3) and drawn.finite.all()
-
-
-def test_draws_of_a_row_do_not_depend_on_the_rows_beside_it() -> None:
-    rng = np.random.default_rng(1)
-    for vocab in (3, 16, 17, 1001):
-        logits = rng.normal(size=(64, vocab)).astype(np.float32)
-        settings = {
-            "temperature": rng.choice([0.0, 0.6, 1.0], 64),
-            "top_p": rng.choice([1.0, 0.7], 64),
-            "top_k": rng.choice([-1, 2], 64),
-            "uniform": rng.random(64),
-        }
-        whole = draw(logits, **settings)
-        for row in range(64):
-            one = draw(
-                logits[row : row + 1], **{name: value[row : row + 1] for name, value in settings.items()}
-            )
-            assert one.ids[0] == whole.ids[row] and one.logprobs[0] == whole.logprobs[row]
-
-
-def test_uniforms_repeat_by_seed_and_sample() -> None:
-    assert (uniforms(7, 0, 5) == uniforms(7, 0, 9)[:5]).all()
-    assert not (uniforms(7, 0, 5) == uniforms(7, 1, 5)).any()
-    assert not (uniforms(None, 0, 5) == uniforms(None, 0, 5)).any()
-
-
 # ---- endings
 
 
@@ -351,184 +211,6 @@ def test_a_stop_token_in_the_last_place_counts_as_length(bench: Any) -> None:
     (free,) = it.run([body([1, 2, 3], seed=4, max_new_tokens=1, ignore_eos=True)])
     (same,) = it.run([body([1, 2, 3], seed=4, max_new_tokens=1, stop_token_ids=free.output_ids)])
     assert same.finish_reason == {"type": "length", "length": 1}
-
-
-def endless(it: Bench, rid: str, seed: int = 0) -> tuple[Sample, ...]:
-    """A long request on its way, paused once it has made some tokens."""
-    samples = it.samples({**body([1, 2, 3], seed=seed, max_new_tokens=240, ignore_eos=True), "rid": rid})
-    it.engine.submit(samples)
-    return samples
-
-
-def paused_midway(it: Bench, monkeypatch: pytest.MonkeyPatch, mode: Any, after: int = 10) -> None:
-    """Pauses in the engine's own thread, after a fixed number of rounds."""
-    rounds, round_ = iter(range(after)), it.engine._round
-
-    def counted() -> None:
-        round_()
-        if next(rounds, None) is None and it.engine._round is counted:
-            monkeypatch.setattr(it.engine, "_round", round_)
-            it.engine._pause(mode)
-
-    monkeypatch.setattr(it.engine, "_round", counted)
-
-
-def wait_paused(it: Bench) -> None:
-    deadline = time.monotonic() + 30
-    while not it.engine.state().paused and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert it.engine.state().num_running + it.engine.state().num_waiting > 0
-
-
-def test_abort_keeps_the_partial_output(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    it = bench()
-    paused_midway(it, monkeypatch, "in_place")
-    first, second = endless(it, "a"), endless(it, "b")
-    wait_paused(it)
-    it.engine.abort(frozenset(("a",)))
-    (answer,) = it.wait([first[0].id])
-    assert answer.finish_reason["type"] == "abort" and 0 < len(answer.output_ids) < 240
-    assert len(answer.output_logprobs) == len(answer.output_ids)
-    assert it.engine.state().num_running == 1
-    it.engine.abort(None)
-    (other,) = it.wait([second[0].id])
-    assert other.finish_reason["type"] == "abort"
-
-
-def test_abort_reaches_a_waiting_request(bench: Any) -> None:
-    it = bench()
-    it.engine.pause("in_place").result(5)
-    samples = endless(it, "a")
-    it.engine.abort(frozenset(("a",)))
-    (answer,) = it.wait([samples[0].id])
-    assert answer.finish_reason["type"] == "abort" and answer.output_ids == [] and answer.spans == []
-
-
-# ---- weights
-
-
-def test_new_weights_answer_as_a_server_started_on_them(bench: Any, make_model: Make) -> None:
-    for family in ("qwen2", "qwen3_moe"):
-        other = make_model(family, seed=1)
-        it, fresh = bench(make_model(family)), bench(other, weight_version="7")
-        old = it.run(mixed_bodies(6))
-        assert it.engine.update_weights(str(other), "7", abort_all=False).result(10) == 0
-        assert it.run(mixed_bodies(6)) == fresh.run(mixed_bodies(6)) != old
-
-
-def test_weights_are_a_copy_of_the_file(bench: Any, make_model: Make, tmp_path: Path) -> None:
-    import shutil
-
-    folder = tmp_path / "model"
-    shutil.copytree(make_model(), folder)
-    it = bench(folder)
-    before = it.run(mixed_bodies(4))
-    with (folder / "model.safetensors").open("r+b") as file:
-        file.seek(2000)
-        file.write(b"\0" * (file.seek(0, 2) - 2000))
-    it.engine.flush().result(5)
-    assert it.run(mixed_bodies(4)) == before
-    assert all(parameter.data_ptr() % 64 == 0 for parameter in it.model._model.parameters())
-
-
-@pytest.mark.parametrize("mode", ["in_place", "retract"])
-def test_a_paused_request_goes_on_over_a_weight_update(
-    mode: Any, bench: Any, make_model: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    it = bench(weight_version="1")
-    (whole,) = it.run([body([1, 2, 3], seed=2, max_new_tokens=240, ignore_eos=True)])
-    paused_midway(it, monkeypatch, mode)
-    samples = endless(it, "a", seed=2)
-    wait_paused(it)
-    assert it.engine.update_weights(str(make_model(seed=1)), "2", abort_all=False).result(10) == 1
-    it.engine.resume().result(5)
-    (answer,) = it.wait([samples[0].id])
-    cut = answer.spans[0][2]
-    assert answer.spans == [("1", 0, cut), ("2", cut, 240)] and 0 < cut < 240
-    assert answer.output_ids[:cut] == whole.output_ids[:cut] and answer.output_ids != whole.output_ids
-    assert answer.weight_version == "2"
-
-
-def test_a_pause_alone_does_not_change_an_answer(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    it = bench()
-    request = body([1, 2, 3], seed=2, max_new_tokens=240, ignore_eos=True)
-    (whole,) = it.run([request])
-    paused_midway(it, monkeypatch, "in_place")
-    samples = endless(it, "a", seed=2)
-    wait_paused(it)
-    it.engine.resume().result(5)
-    assert it.wait([samples[0].id]) == [whole]
-
-
-def test_an_update_waits_for_running_requests(bench: Any, make_model: Make) -> None:
-    it = bench(weight_version="1")
-    samples = it.samples({**body([1, 2, 3], max_new_tokens=200, ignore_eos=True), "rid": "a"})
-    it.engine.submit(samples)
-    update = it.engine.update_weights(str(make_model(seed=1)), "2", abort_all=False)
-    late = it.samples({**body([1, 2, 3]), "rid": "b"})
-    it.engine.submit(late)
-    update.result(20)
-    (answer,), (after,) = it.wait([samples[0].id]), it.wait([late[0].id])
-    assert answer.spans in (
-        [("1", 0, 200)],
-        [("2", 0, 200)],
-    )  # begun before the update, or after it: never mixed
-    assert after.weight_version == "2"
-
-
-def test_wrong_weights_are_refused_and_the_old_ones_stay(
-    bench: Any, make_model: Make, tmp_path: Path
-) -> None:
-    it = bench()
-    before = it.run(mixed_bodies(4))
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "model.safetensors").write_bytes((make_model() / "model.safetensors").read_bytes()[:3000])
-    cases = {
-        str(tmp_path / "none"): "not a folder",
-        str(make_model("llama")): "model_type",
-        str(make_model(hidden_size=64)): "hidden_size",
-        str(make_model(num_hidden_layers=3)): "num_hidden_layers",
-        str(make_model(tie_word_embeddings=False)): "tie_word_embeddings",
-        str(make_model(rope_parameters={"rope_type": "default", "rope_theta": 500.0})): "rope_parameters",
-        str(broken): "metadata",
-        str(tmp_path): "safetensors",
-    }
-    for folder, said in cases.items():
-        with pytest.raises(WeightsError, match=said):
-            it.engine.update_weights(folder, "2", abort_all=False).result(10)
-    assert it.run(mixed_bodies(4)) == before
-
-
-@pytest.mark.parametrize(
-    ("source", "said"),
-    [
-        ({"num_hidden_layers": 3}, "unexpected keys"),
-        ({"num_hidden_layers": 1}, "missing keys"),
-        ({"intermediate_size": 80}, "mismatched keys"),
-        ({"tie_word_embeddings": False}, "tied"),
-    ],
-)
-def test_weights_without_a_config_are_compared_by_name_and_shape(
-    source: dict[str, Any], said: str, bench: Any, make_model: Make, tmp_path: Path
-) -> None:
-    it = bench()
-    before = it.run(mixed_bodies(2))
-    (tmp_path / "model.safetensors").write_bytes((make_model(**source) / "model.safetensors").read_bytes())
-    with pytest.raises(WeightsError, match=said):
-        it.engine.update_weights(str(tmp_path), "2", abort_all=False).result(10)
-    assert it.run(mixed_bodies(2)) == before
-
-
-def test_folders_that_hold_no_model_are_data_errors(make_model: Make, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"config\.json"):
-        ServedModel(str(tmp_path), "float32")
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(DataError, match="gpt2"):
-        ServedModel(str(tmp_path), "float32")
-    (tmp_path / "config.json").write_bytes((make_model() / "config.json").read_bytes())
-    with pytest.raises(DataError, match="cannot load"):
-        ServedModel(str(tmp_path), "float32")
 
 
 def test_a_dead_engine_answers_with_its_error(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,24 +14,19 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
+from aiohttp import web
 
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-import aiohttp  # noqa: E402
-from aiohttp import web  # noqa: E402
-
-from megatron_scope.errors import ConfigError, DataError, RolloutError, SyncError  # noqa: E402
-from megatron_scope.records import Prompt, Rollout, SamplingParams  # noqa: E402
-from megatron_scope.rollout.client import RolloutRequest, ServerClient, collect, sample_seed  # noqa: E402
-from megatron_scope.rollout.embedded import server as server_module  # noqa: E402
-from megatron_scope.rollout.embedded.app import EmbeddedApp  # noqa: E402
-from megatron_scope.rollout.embedded.model import ServedModel  # noqa: E402
-from megatron_scope.rollout.embedded.options import ServeOptions, flags_of  # noqa: E402
-from megatron_scope.rollout.embedded.server import serve  # noqa: E402
-from megatron_scope.rollout.embedded.tokenizer import load_tokenizer  # noqa: E402
-from megatron_scope.rollout.process import EmbeddedServer  # noqa: E402
+from megatron_scope.errors import ConfigError, DataError, RolloutError, SyncError
+from megatron_scope.records import Prompt, Rollout, SamplingParams
+from megatron_scope.rollout.client import RolloutRequest, ServerClient, collect, sample_seed
+from megatron_scope.rollout.embedded.app import EmbeddedApp
+from megatron_scope.rollout.embedded.model import ServedModel
+from megatron_scope.rollout.embedded.options import ServeOptions, flags_of
+from megatron_scope.rollout.embedded.server import Parent, _until_stopped, serve
+from megatron_scope.rollout.embedded.tokenizer import load_tokenizer
+from megatron_scope.rollout.process import EmbeddedServer
 
 Make = Callable[..., Path]
 # What `megatron-scope serve` does, without the command line's own module.
@@ -409,7 +404,7 @@ def test_the_server_ends_with_its_parent() -> None:
     parent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 
     async def run() -> float:
-        waiting = asyncio.ensure_future(server_module._until_stopped(asyncio.Event(), parent.pid))
+        waiting = asyncio.ensure_future(_until_stopped(asyncio.Event(), Parent(parent.pid)))
         await asyncio.sleep(0.2)
         assert not waiting.done()
         parent.kill()  # and left unreaped: a zombie is gone too

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
+
+from megatron_scope.data.jsonl import read_rows
 
 DATA_FOLDER = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 
@@ -17,7 +18,7 @@ def gold_answers() -> dict[str, list[str]]:
         pytest.skip("no data folder ../shared/data beside the repository")
     answers: dict[str, list[str]] = {}
     for path in sorted(DATA_FOLDER.glob("*.jsonl")):
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = (row for _, row in read_rows(path))
         found = list(dict.fromkeys(row["answer"] for row in rows if row.get("task") == "math"))
         if found:
             answers[path.name] = found

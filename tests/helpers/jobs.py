@@ -1,0 +1,98 @@
+"""What the ranks of a pool are asked to do; each function runs on every rank and returns picklable results."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_scope.config import parse_config
+from megatron_scope.config.schema import ParallelConfig
+
+
+@contextlib.contextmanager
+def layout(parallel: ParallelConfig) -> Iterator[Any]:
+    """Megatron's groups for one layout, in a world that stays."""
+    from megatron.core import parallel_state
+
+    from megatron_scope.backend import setup
+
+    ranks = setup.initialize(parallel)
+    try:
+        yield ranks
+    finally:
+        dist.barrier(group=ranks.world_group)
+        parallel_state.destroy_model_parallel()
+
+
+def train(settings: dict[str, Any], resume: bool = False) -> list[dict[str, Any]]:
+    """Trains as the config says and returns the rows of metrics.jsonl."""
+    from megatron_scope.trainer import Trainer
+
+    config = parse_config(settings, "test")
+    with layout(config.parallel) as ranks:
+        trainer = Trainer(config, ranks, resume=resume)
+        trainer.run()
+        return trainer.folder.read_metrics()
+
+
+def token_logprobs(settings: dict[str, Any]) -> dict[str, dict[int, np.ndarray]]:
+    """Both models' log-probs of every response token of the first replayed step, by canonical index."""
+    from megatron_scope.trainer import Trainer
+
+    config = parse_config(settings, "test")
+    with layout(config.parallel) as ranks, contextlib.ExitStack() as stack:
+        trainer = Trainer(config, ranks, resume=False)
+        if ranks.rank == 0:
+            trainer._start_controller(stack)
+        batch = trainer.roll_out(1)
+        everyone = np.ones(len(batch.table), dtype=bool)
+        assert trainer.teacher is not None
+        models = {"student": trainer.student.stage, "teacher": trainer.teacher}
+        scores = {
+            name: trainer._score(stage, batch, everyone, 1.0).by_response for name, stage in models.items()
+        }
+        return scores if ranks.speaks_for_scores else {name: {} for name in models}
+
+
+def vocab_parallel_stats(
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    targets: torch.Tensor,
+    columns: list[int],
+    vocab_size: int,
+    upstream: list[torch.Tensor],
+    temperature: float,
+) -> tuple[list[torch.Tensor | None], torch.Tensor]:
+    """distill_stats on shards of the given widths; returns the outputs and this rank's shard of the gradient."""
+    from megatron_scope.kernels.vocab_parallel import distill_stats
+
+    with layout(ParallelConfig(tensor=len(columns))) as ranks:
+        start = sum(columns[: ranks.tensor_rank])
+        shard = slice(start, start + columns[ranks.tensor_rank])
+        mine = student[:, shard].clone().requires_grad_()
+        stats = distill_stats(
+            mine,
+            None if teacher is None else teacher[:, shard].clone(),
+            targets,
+            group=ranks.tensor_group,
+            vocab_start=start,
+            vocab_size=vocab_size,
+            temperature=temperature,
+        )
+        outputs = [value for value in stats if value is not None and value.requires_grad]
+        torch.autograd.backward(outputs, [grad.to(value) for grad, value in zip(upstream, outputs, strict=True)])
+        assert mine.grad is not None
+        return [None if value is None else value.detach() for value in stats], mine.grad
+
+
+def saved_gradients(path: str) -> dict[str, torch.Tensor]:
+    """The gradient that run.dump_gradients wrote."""
+    from safetensors.torch import load_file
+
+    return load_file(Path(path))

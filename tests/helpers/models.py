@@ -1,0 +1,84 @@
+"""Tiny random models with a character tokenizer, as Hugging Face folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+CHARACTERS = "0123456789=+$ abcdefghijklmnopqrstuvwxyz"
+END = "$"
+VOCAB_SIZE = len(CHARACTERS)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """One token a character; `$` ends a response."""
+    vocabulary = {character: index for index, character in enumerate(CHARACTERS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    # All named: transformers adds a family's own special tokens where they are not.
+    special = {"eos_token": END, "pad_token": END, "unk_token": " ", "bos_token": " "}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def save_qwen2(folder: Path, *, seed: int = 0, rows: int = VOCAB_SIZE, **sizes: Any) -> Path:
+    """A Qwen2 with random biases, odd sizes and a tokenizer."""
+    config = Qwen2Config(
+        **{
+            "vocab_size": rows,
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": True,
+            "eos_token_id": CHARACTERS.index(END),
+            **sizes,
+        }
+    )
+    return _save(Qwen2ForCausalLM, config, folder, seed)
+
+
+def save_llama(folder: Path, *, seed: int = 0, rows: int = VOCAB_SIZE, **sizes: Any) -> Path:
+    """A Llama with head_dim unlike hidden / heads, Llama-3 rope scaling, untied output table."""
+    config = LlamaConfig(
+        **{
+            "vocab_size": rows,
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 10,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": False,
+            "eos_token_id": CHARACTERS.index(END),
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+            **sizes,
+        }
+    )
+    return _save(LlamaForCausalLM, config, folder, seed)
+
+
+def _save(kind: Any, config: Any, folder: Path, seed: int) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = kind(config).float()
+        for parameter in model.parameters():  # everything away from its special start: biases, norms
+            torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.15)
+    model.generation_config.eos_token_id = config.eos_token_id
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
