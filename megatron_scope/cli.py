@@ -1,4 +1,6 @@
-"""The command line: one short function a command. Exit code 0 on success, 2 on wrong use or config, 1 on any other failure."""
+"""The command line: one short function a command. Exit code 0 on success, 2 on wrong use or config, 1 on any
+other failure.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,7 @@ def _reports(error: ScopeError) -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-scope",
-        description="SCOPE (arXiv:2604.10688): on-policy distillation on Megatron-core, from one CPU to a cluster.",
+        description="SCOPE (arXiv:2604.10688) on Megatron-core: on-policy distillation, CPU to cluster.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -66,7 +68,9 @@ def _command(commands: Any, name: str, run: Any, summary: str) -> argparse.Argum
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's"
+    )
 
 
 # ---- train
@@ -80,7 +84,7 @@ def _add_train(commands: Any) -> None:
         "--resume",
         choices=("auto", "never"),
         default="auto",
-        help="auto (default) goes on from the newest checkpoint in run.output_dir; never sets an earlier run aside",
+        help="auto (default) goes on from the newest checkpoint; never sets an earlier run aside",
     )
 
 
@@ -118,10 +122,16 @@ def _world_size() -> int:
 
 
 def _add_evaluate(commands: Any) -> None:
-    parser = _command(commands, "evaluate", _evaluate, "avg@k and unbiased pass@k of a model over problem files")
+    parser = _command(
+        commands, "evaluate", _evaluate, "avg@k and unbiased pass@k of a model over problem files"
+    )
     _add_config(parser)
-    parser.add_argument("--benchmarks", required=True, metavar="A,B", help="JSON-lines files {id, prompt, answer, task}")
-    parser.add_argument("--samples", type=int, default=32, metavar="N", help="responses for each problem (default 32)")
+    parser.add_argument(
+        "--benchmarks", required=True, metavar="A,B", help="JSON-lines files {id, prompt, answer, task}"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=32, metavar="N", help="responses for each problem (default 32)"
+    )
     parser.add_argument("--k", default="1,8,32", metavar="1,2,4", help="the k of pass@k (default 1,8,32)")
     parser.add_argument("--model", metavar="HF_DIR", help="the model to evaluate (default student.hf)")
     parser.add_argument("--output", metavar="FILE", help="write the results here as JSON")
@@ -153,18 +163,27 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _add_verify(commands: Any) -> None:
-    parser = _command(commands, "verify", _verify, "judge responses: adds correct, extracted and error to each row")
-    parser.add_argument("--input", required=True, metavar="F.jsonl", help="rows {id, task, answer, response, ...}")
+    parser = _command(
+        commands, "verify", _verify, "judge responses: adds correct, extracted and error to each row"
+    )
+    parser.add_argument(
+        "--input", required=True, metavar="F.jsonl", help="rows {id, task, answer, response, ...}"
+    )
     parser.add_argument("--output", required=True, metavar="G.jsonl")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default 1)")
-    parser.add_argument("--timeout", type=float, default=10.0, metavar="S", help="seconds an answer may take (default 10)")
+    parser.add_argument(
+        "--timeout", type=float, default=10.0, metavar="S", help="seconds an answer may take (default 10)"
+    )
 
 
 def _verify(options: argparse.Namespace) -> int:
     from megatron_scope.verify.command import verify_file
 
     summary = verify_file(options.input, options.output, options.workers, options.timeout)
-    print(f"{summary.num_rows} rows, {summary.num_correct} correct, {summary.num_errors} with an error: {options.output}")
+    print(
+        f"{summary.num_rows} rows, {summary.num_correct} correct, {summary.num_errors} with an error: "
+        f"{options.output}"
+    )
     return 0
 
 
@@ -174,7 +193,9 @@ def _verify(options: argparse.Namespace) -> int:
 def _add_serve(commands: Any) -> None:
     from megatron_scope.rollout.embedded.options import add_serve_arguments
 
-    add_serve_arguments(_command(commands, "serve", _serve, "serve a small model on the CPU with SGLang's protocol"))
+    add_serve_arguments(
+        _command(commands, "serve", _serve, "serve a small model on the CPU with SGLang's protocol")
+    )
 
 
 def _serve(options: argparse.Namespace) -> int:

@@ -51,7 +51,7 @@ class BenchmarkResult:
 
 
 def parse_ks(text: str, num_samples: int) -> tuple[int, ...]:
-    """"1,8" to (1, 8); ConfigError unless each is between 1 and the number of samples."""
+    """ "1,8" to (1, 8); ConfigError unless each is between 1 and the number of samples."""
     try:
         ks = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -108,7 +108,9 @@ async def _run(
         service = RolloutService(config, folder.shape.vocab_rows, Path(logs) / "embedded_server.log")
         try:
             await service.publish(folder.path, VERSION)
-            return [await _benchmark(config, options, name, problems[name], params, service) for name in problems]
+            return [
+                await _benchmark(config, options, name, problems[name], params, service) for name in problems
+            ]
         finally:
             await service.close()
 
@@ -122,7 +124,9 @@ async def _benchmark(
     service: RolloutService,
 ) -> BenchmarkResult:
     requests = [
-        RolloutRequest(prompt, sample, sample_seed(config.run.seed, 0, prompt.id, sample), f"{name}/{prompt.id}/{sample}")
+        RolloutRequest(
+            prompt, sample, sample_seed(config.run.seed, 0, prompt.id, sample), f"{name}/{prompt.id}/{sample}"
+        )
         for prompt in prompts
         for sample in range(options.num_samples)
     ]
@@ -150,9 +154,9 @@ def _means(options: EvaluateOptions, results: Sequence[BenchmarkResult]) -> dict
 
 def _print(config: Config, options: EvaluateOptions, results: Sequence[BenchmarkResult]) -> None:
     settings = config.evaluate
+    sampling = f"temperature {settings.temperature:g}, top-p {settings.top_p:g}, top-k {settings.top_k}"
     table = Table(
-        title=f"{config.student.hf}, {options.num_samples} samples a problem at temperature {settings.temperature:g}, "
-        f"top-p {settings.top_p:g}, top-k {settings.top_k}",
+        title=f"{config.student.hf}, {options.num_samples} samples a problem at {sampling}",
         caption="percent, with 95 % bootstrap intervals over problems",
     )
     table.add_column("benchmark")

@@ -15,13 +15,15 @@ POLL_S = 0.1
 
 
 def run_local_ranks(arguments: Sequence[str], num_ranks: int) -> int:
-    """Runs `python -m megatron_scope ARGUMENTS` as `num_ranks` ranks and returns the exit code of the first that failed, or 0.
+    """Runs `python -m megatron_scope ARGUMENTS` as `num_ranks` ranks and returns the exit code of the first
+    that failed, or 0.
 
     When one rank fails, the others are stopped: a rank alone in a collective would wait for ever.
     """
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-    # The store lives here, on a port that it chose itself, so that no port can be taken between choosing and binding.
+    # The store lives here, on a port that it chose itself, so that no port can be taken between choosing and
+    # binding.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = {
         **os.environ,
@@ -55,7 +57,9 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
 
 
 def _let_finish(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """A failure that all ranks know of ends them by themselves within moments; rank 0 may still be cleaning up."""
+    """A failure that all ranks know of ends them by themselves within moments; rank 0 may still be cleaning
+    up.
+    """
     deadline = time.monotonic() + 2.0
     while time.monotonic() < deadline and any(process.poll() is None for process in ranks):
         time.sleep(POLL_S)

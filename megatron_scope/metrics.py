@@ -50,7 +50,9 @@ def step_metrics(
     oldest_version: int,
     seconds: dict[str, float],
 ) -> StepSummary:
-    """The row: log-probs and KL in nats, lengths in tokens, times in seconds. Only `seconds` and tokens_per_second vary by run."""
+    """The row: log-probs and KL in nats, lengths in tokens, times in seconds. Only `seconds` and
+    tokens_per_second vary by run.
+    """
     correct, incorrect = (path_spread(table, weights, correct=kind) for kind in (True, False))
     total_s = sum(seconds.values())
     row = {

@@ -15,7 +15,9 @@ from megatron_scope.errors import ConfigError, DataError
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """The ids that count in every statistic, and the table size that both models are built at (DESIGN: one vocabulary)."""
+    """The ids that count in every statistic, and the table size that both models are built at (DESIGN: one
+    vocabulary).
+    """
 
     size: int
     padded_rows: int
@@ -45,7 +47,8 @@ def check_files(config: Config) -> None:
         check_same_tokens(tokenizer, teacher_tokenizer, str(config.student.hf), str(config.teacher.hf))
     if len(tokenizer) > size:
         raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens but the smaller model table only {size} rows; use models of one family"
+            f"the tokenizer has {len(tokenizer)} tokens but the smaller model table only {size} rows; use "
+            "models of one family"
         )
     replayed = needs_teacher(config) and config.rollout.engine is Engine.REPLAY
     source = config.rollout.file if replayed else config.data.train
@@ -72,6 +75,7 @@ def _check_lengths(config: Config, max_positions: int) -> None:
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if longest > max_positions:
         raise ConfigError(
-            f"data.max_prompt_tokens + rollout.max_new_tokens is {longest}, but the student has {max_positions} positions; "
+            f"data.max_prompt_tokens + rollout.max_new_tokens is {longest}, but the student has "
+            f"{max_positions} positions; "
             "lower one of them"
         )

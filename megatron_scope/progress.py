@@ -27,7 +27,10 @@ class Progress:
             return self
         steps = self._config.run.steps
         if self._first_step > steps:
-            print(f"{self._config.run.output_dir} has its {steps} steps already; raise run.steps to go on", flush=True)
+            print(
+                f"{self._config.run.output_dir} has its {steps} steps already; raise run.steps to go on",
+                flush=True,
+            )
         elif self._first_step > 1:
             print(f"going on after step {self._first_step - 1} of {steps}", flush=True)
         if sys.stderr.isatty():
@@ -62,7 +65,14 @@ class Progress:
 
 def describe(row: dict[str, Any]) -> str:
     """A step in one line: what it learnt and where its time went."""
-    numbers = [("accuracy", "accuracy"), ("nll_correct", "nll"), ("kl_incorrect", "kl"), ("grad_norm", "grad norm")]
+    numbers = [
+        ("accuracy", "accuracy"),
+        ("nll_correct", "nll"),
+        ("kl_incorrect", "kl"),
+        ("grad_norm", "grad norm"),
+    ]
     parts = [f"{label} {row[key]:.3f}" for key, label in numbers if row[key] is not None]
-    stages = [f"{name} {value:.2f}" for name, value in row["seconds"].items() if name != "total" and value >= 0.005]
+    stages = [
+        f"{name} {value:.2f}" for name, value in row["seconds"].items() if name != "total" and value >= 0.005
+    ]
     return f"{'  '.join(parts)}  | {row['seconds']['total']:.2f} s: {', '.join(stages)}"

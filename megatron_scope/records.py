@@ -50,7 +50,9 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the verifier says of one response; `error` tells why it could not judge (then `correct` is False)."""
+    """What the verifier says of one response; `error` tells why it could not judge (then `correct` is
+    False).
+    """
 
     correct: bool
     extracted: str | None = None
@@ -69,8 +71,8 @@ class JudgedRollout:
 class Response:
     """One verified response as the training ranks see it.
 
-    `index` is its place in the step's canonical order, `group` its prompt's. `prompt_ids` [P] and `output_ids` [R]
-    are int64; `engine_logprobs` [R] is float32 and NaN where no engine reported one.
+    `index` is its place in the step's canonical order, `group` its prompt's. `prompt_ids` [P] and
+    `output_ids` [R] are int64; `engine_logprobs` [R] is float32 and NaN where no engine reported one.
     """
 
     index: int
@@ -88,7 +90,9 @@ class Response:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutCounts:
-    """What became of a step's rollouts; `aborted`, `empty` and `dropped_truncated` ones are not learnt from."""
+    """What became of a step's rollouts; `aborted`, `empty` and `dropped_truncated` ones are not learnt
+    from.
+    """
 
     prompts: int
     sampled: int
@@ -102,7 +106,9 @@ class RolloutCounts:
 
 @dataclasses.dataclass(frozen=True)
 class StepBatch:
-    """A step's usable responses in canonical order, with a name ("prompt id, sample") for each in messages."""
+    """A step's usable responses in canonical order, with a name ("prompt id, sample") for each in
+    messages.
+    """
 
     responses: tuple[Response, ...]
     names: tuple[str, ...]
@@ -114,7 +120,8 @@ class StepBatch:
 class ResponseTable:
     """What every rank knows of all N usable responses of a step, in canonical order.
 
-    `group` int64 [N], `correct` bool [N], `num_tokens` int64 [N] (response tokens), `num_input_tokens` int64 [N].
+    `group` int64 [N], `correct` bool [N], `num_tokens` int64 [N] (response tokens), `num_input_tokens` int64
+    [N].
     """
 
     group: np.ndarray
@@ -130,9 +137,10 @@ class ResponseTable:
 class MicroBatch:
     """Sequences packed end to end: T input tokens, of which R positions predict a response token.
 
-    `tokens`, `positions` int64 [T]; `cu_seqlens` int32 [S+1] with `cu_seqlens[-1] == T` (tail padding is a segment
-    of its own); `rows` int64 [R] indexes the T positions; `targets` int64 [R]; `response` int64 [R] is the canonical
-    index of the response that a row belongs to, whose rows lie together and in order; `engine_logprobs` float32 [R].
+    `tokens`, `positions` int64 [T]; `cu_seqlens` int32 [S+1] with `cu_seqlens[-1] == T` (tail padding is a
+    segment of its own); `rows` int64 [R] indexes the T positions; `targets` int64 [R]; `response` int64 [R]
+    is the canonical index of the response that a row belongs to, whose rows lie together and in order;
+    `engine_logprobs` float32 [R].
     """
 
     tokens: np.ndarray
@@ -146,10 +154,12 @@ class MicroBatch:
 
 @dataclasses.dataclass(frozen=True)
 class ResponseCoefficients:
-    """The factor of each response's tokens in the loss, float64 [N]; a response is on one path only, or on none.
+    """The factor of each response's tokens in the loss, float64 [N]; a response is on one path only, or on
+    none.
 
-    `likelihood` multiplies the likelihood term of a token (correct responses, Eq. 2), `distill` the distillation term
-    (incorrect responses, Eq. 3). All denominators are folded in, so the loss of a step is a plain sum over tokens.
+    `likelihood` multiplies the likelihood term of a token (correct responses, Eq. 2), `distill` the
+    distillation term (incorrect responses, Eq. 3). All denominators are folded in, so the loss of a step is a
+    plain sum over tokens.
     """
 
     likelihood: np.ndarray

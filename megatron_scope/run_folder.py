@@ -9,7 +9,9 @@ from typing import Any
 
 
 class RunFolder:
-    """RUN/metrics.jsonl, rollouts/, checkpoints/, weights/ (published versions), hf/ (the final model), logs/."""
+    """RUN/metrics.jsonl, rollouts/, checkpoints/, weights/ (published versions), hf/ (the final model),
+    logs/.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = Path(path).expanduser()
@@ -27,7 +29,8 @@ class RunFolder:
     def begin(self, step: int) -> None:
         """Prepares the folder to go on after `step` steps (0: from the start).
 
-        Metrics and rollouts of later steps are dropped: they belong to work that the checkpoint does not know of.
+        Metrics and rollouts of later steps are dropped: they belong to work that the checkpoint does not know
+        of.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         kept = [row for row in self.read_metrics() if row["step"] <= step]
@@ -37,7 +40,9 @@ class RunFolder:
                 file.unlink()
 
     def set_aside(self) -> None:
-        """Moves an earlier run in this folder to previous/N, so that a new one can start without losing it."""
+        """Moves an earlier run in this folder to previous/N, so that a new one can start without losing
+        it.
+        """
         names = ("metrics.jsonl", "rollouts", "checkpoints", "hf", "config.resolved.yaml")
         present = [self.path / name for name in names if (self.path / name).exists()]
         if not present:

@@ -1,4 +1,6 @@
-"""The main job. `Trainer.step` is the method in one screen: roll out, score, weigh, update, publish, record."""
+"""The main job. `Trainer.step` is the method in one screen: roll out, score, weigh, update, publish,
+record.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ class LocalBatch:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Mean log-probs of all responses (float64 [N], NaN where not scored) and this replica's teacher log-probs per token."""
+    """Mean log-probs of all responses (float64 [N], NaN where not scored) and this replica's teacher
+    log-probs per token.
+    """
 
     student_mean: np.ndarray
     teacher_mean: np.ndarray
@@ -164,7 +168,9 @@ class Trainer:
         return LocalBatch(mine, table, counts, oldest_version, names)
 
     def score(self, batch: LocalBatch) -> Scores:
-        """Student log-probs of the correct responses and teacher log-probs of the incorrect ones only (Eq. 4, 5)."""
+        """Student log-probs of the correct responses and teacher log-probs of the incorrect ones only (Eq. 4,
+        5).
+        """
         settings = self.config.objective
         student_mask = self.objective.student_scored(batch.table)
         student = self._score(self.student.stage, batch, student_mask, settings.student_temperature)
@@ -177,14 +183,18 @@ class Trainer:
         _check_scores("teacher", teacher_mean, teacher_mask, batch)
         return Scores(student_mean, teacher_mean, teacher)
 
-    def _score(self, stage: StageModel, batch: LocalBatch, mask: np.ndarray, temperature: float) -> TokenLogprobs:
+    def _score(
+        self, stage: StageModel, batch: LocalBatch, mask: np.ndarray, temperature: float
+    ) -> TokenLogprobs:
         chosen = [response for response in batch.responses if mask[response.index]]
         return score(stage, self._pack(chosen), self.ranks, temperature)
 
     def update(
         self, step: int, batch: LocalBatch, scores: Scores, weighed: WeighedResponses
     ) -> tuple[UpdateStats, float, float]:
-        """One optimizer step on all responses (Eq. 6); returns its statistics, gradient norm and learning rate."""
+        """One optimizer step on all responses (Eq. 6); returns its statistics, gradient norm and learning
+        rate.
+        """
         config = self.config
         dump = config.run.dump_gradients if step == 1 else None
         stats = forward_backward(
@@ -300,7 +310,8 @@ def _check_scores(model: str, mean: np.ndarray, mask: np.ndarray, batch: LocalBa
     if len(bad):
         name = batch.names[bad[0]] if batch.names else f"response {bad[0]}"
         raise ScoringError(
-            f"the {model}'s log-probs are not finite for {len(bad)} responses, the first of them {name}; no score is made up for "
+            f"the {model}'s log-probs are not finite for {len(bad)} responses, the first of them {name}; "
+            "no score is made up for "
             f"them. Check the {model}'s weights (inf or NaN?) and train.precision"
         )
 

@@ -1,7 +1,8 @@
-"""Training checkpoints: Megatron's `torch_dist` format for weights and optimizer, one JSON file for everything else.
+"""Training checkpoints: Megatron's `torch_dist` format for weights and optimizer, one JSON file for
+everything else.
 
-A checkpoint is a folder `step_00000050` that appears whole or not at all. It loads at any tensor, pipeline and data-parallel
-size; bitwise so at the one it was written at.
+A checkpoint is a folder `step_00000050` that appears whole or not at all. It loads at any tensor, pipeline
+and data-parallel size; bitwise so at the one it was written at.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def find_latest(root: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint, after checking that its files are there in full; CheckpointError otherwise."""
+    """The JSON part of a checkpoint, after checking that its files are there in full; CheckpointError
+    otherwise.
+    """
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         sizes = state["files"]
@@ -51,7 +54,9 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state["run"]
 
 
-def save(root: Path, step: int, student: Trainable, ranks: Ranks, run_state: dict[str, Any], keep: int) -> None:
+def save(
+    root: Path, step: int, student: Trainable, ranks: Ranks, run_state: dict[str, Any], keep: int
+) -> None:
     """Writes the checkpoint after `step` updates and removes all but the newest `keep`. A collective."""
     final = folder_of(root, step)
     partial = final.with_name(f".{final.name}.partial")
@@ -62,7 +67,11 @@ def save(root: Path, step: int, student: Trainable, ranks: Ranks, run_state: dic
     dist_checkpointing.save(_sharded_state(student, is_loading=False), str(partial))
     dist.barrier(group=ranks.world_group)
     if ranks.rank == 0:
-        files = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
+        files = {
+            str(path.relative_to(partial)): path.stat().st_size
+            for path in partial.rglob("*")
+            if path.is_file()
+        }
         state = {"step": step, "files": files, "run": run_state}
         (partial / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
         for path in (*partial.rglob("*"), partial):
@@ -76,11 +85,13 @@ def save(root: Path, step: int, student: Trainable, ranks: Ranks, run_state: dic
 
 
 def load(folder: Path, student: Trainable) -> None:
-    """Restores weights, master weights and optimizer in place. A collective; CheckpointError when the files are broken."""
+    """Restores weights, master weights and optimizer in place. A collective; CheckpointError when the files
+    are broken.
+    """
     for part in student.optimizer.chained_optimizers:
         _prepare_to_load(part)
     try:
-        state = dist_checkpointing.load(_sharded_state(student, is_loading=True), str(folder))
+        state: Any = dist_checkpointing.load(_sharded_state(student, is_loading=True), str(folder))
     except Exception as error:  # torch and Megatron raise many kinds on a damaged file
         raise _broken(folder, f"{type(error).__name__}: {error}") from error
     student.stage.module.load_state_dict(state["model"])
@@ -90,13 +101,16 @@ def load(folder: Path, student: Trainable) -> None:
 
 
 def _sharded_state(student: Trainable, *, is_loading: bool) -> dict[str, Any]:
-    model = student.stage.module.sharded_state_dict(metadata=_METADATA)
-    optimizer = student.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
+    metadata = dict(_METADATA)  # Megatron adds the current groups to what it is given
+    model = student.stage.module.sharded_state_dict(metadata=metadata)
+    optimizer = student.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return {"model": model, "optimizer": optimizer}
 
 
 def _prepare_to_load(part: Any) -> None:
-    """Megatron 0.16 loads into torch's AdamW only where the state exists, and expects no `step` among its tensors."""
+    """Megatron 0.16 loads into torch's AdamW only where the state exists, and expects no `step` among its
+    tensors.
+    """
     if not isinstance(part.optimizer, torch.optim.AdamW):
         return
     for group in part.optimizer.param_groups:
@@ -119,13 +133,19 @@ def _set_present_states(part: Any, model_param: torch.nn.Parameter, tensors: dic
 
 
 def _separate_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Megatron hands one `step` tensor to all parameters, which the next update would then count once for each."""
+    """Megatron hands one `step` tensor to all parameters, which the next update would then count once for
+    each.
+    """
     for state in optimizer.state.values():
         if "step" in state:
             state["step"] = state["step"].clone()
 
 
 def _broken(folder: Path, reason: str) -> CheckpointError:
-    others = sorted(path.name for path in folder.parent.glob("step_*") if path != folder and (path / STATE_FILE).exists())
+    others = sorted(
+        path.name for path in folder.parent.glob("step_*") if path != folder and (path / STATE_FILE).exists()
+    )
     last_good = f"the one before it is {folder.parent / others[-1]}" if others else "there is no other"
-    return CheckpointError(f"{folder} is broken: {reason}; remove it to go on from the last good one ({last_good})")
+    return CheckpointError(
+        f"{folder} is broken: {reason}; remove it to go on from the last good one ({last_good})"
+    )

@@ -1,7 +1,7 @@
 """Hosting Megatron-core on a machine without CUDA.
 
-Megatron-core names CUDA in its code, not in its mathematics. `host()` gives those names a CPU meaning; each patch states the
-line of Megatron-core (0.16) that needs it. On a machine with CUDA nothing is touched.
+Megatron-core names CUDA in its code, not in its mathematics. `host()` gives those names a CPU meaning; each
+patch states the line of Megatron-core (0.16) that needs it. On a machine with CUDA nothing is touched.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ _TYPE_NAMES = {
 
 
 def host() -> None:
-    """Makes Megatron-core usable without CUDA; a no-op with one. Call it before Megatron is imported; idempotent."""
+    """Makes Megatron-core usable without CUDA; a no-op with one. Call it before Megatron is imported;
+    idempotent.
+    """
     if torch.cuda.is_available() or getattr(torch.cuda, "_hosted_by_megatron_scope", False):
         return
     _leave_functions_uncompiled()
@@ -34,8 +36,9 @@ def host() -> None:
 
 
 def _name_the_device() -> None:
-    # "The current device" is asked for as the place of new buffers (tensor_parallel/mappings.py, p2p_communication.py,
-    # param_and_grad_buffer.py) and is synchronised around point-to-point communication (p2p_communication.py).
+    # "The current device" is asked for as the place of new buffers (tensor_parallel/mappings.py,
+    # p2p_communication.py, param_and_grad_buffer.py) and is synchronised around point-to-point communication
+    # (p2p_communication.py).
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.empty_cache = lambda: None
@@ -56,8 +59,8 @@ class _NoStream:
 
 
 def _name_the_generator() -> None:
-    # The random-state tracker (tensor_parallel/random.py) forks CUDA's generator around dropout and initialisation, and
-    # activation recompute restores it.
+    # The random-state tracker (tensor_parallel/random.py) forks CUDA's generator around dropout and
+    # initialisation, and activation recompute restores it.
     torch.cuda.get_rng_state = lambda device="cpu": torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, device="cpu": torch.set_rng_state(state)
     torch.cuda.manual_seed = torch.manual_seed
@@ -68,9 +71,10 @@ def _name_the_generator() -> None:
 
 
 def _place_factories() -> None:
-    # schedules.py, optimizer.py and clip_grads.py create small tensors with device="cuda". Wrapping the factories costs
-    # nothing elsewhere; a TorchFunctionMode would tax every operation of the model.
-    # `with torch.device(...)` finds the factories by identity and remembers them at its first use: that must be before this.
+    # schedules.py, optimizer.py and clip_grads.py create small tensors with device="cuda". Wrapping the
+    # factories costs nothing elsewhere; a TorchFunctionMode would tax every operation of the model. `with
+    # torch.device(...)` finds the factories by identity and remembers them at its first use: that must be
+    # before this.
     torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -99,6 +103,7 @@ def _name_tensor_types() -> None:
 
 
 def _leave_functions_uncompiled() -> None:
-    # `jit_fuser` is torch.compile: on a CPU it costs a C++ build at start-up and saves nothing at this size. Importing
-    # megatron.core already decorates functions, so the switch is Dynamo's own, read when it is first imported.
+    # `jit_fuser` is torch.compile: on a CPU it costs a C++ build at start-up and saves nothing at this size.
+    # Importing megatron.core already decorates functions, so the switch is Dynamo's own, read when it is
+    # first imported.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

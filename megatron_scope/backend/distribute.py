@@ -20,7 +20,8 @@ class FailedOnRankZero(ScopeError):
 def on_rank_zero(ranks: Ranks, work: Callable[[], Result]) -> Result:
     """Runs `work` on rank 0 alone and returns its (picklable, small) result on every rank.
 
-    When it raises, rank 0 raises that error and every other rank FailedOnRankZero, so that no rank waits for ever.
+    When it raises, rank 0 raises that error and every other rank FailedOnRankZero, so that no rank waits for
+    ever.
     """
     result: list[Any] = [None, None]
     failure: BaseException | None = None

@@ -1,4 +1,6 @@
-"""A model's weights or gradients out of its shards, in Hugging Face names. Collectives: every rank calls them."""
+"""A model's weights or gradients out of its shards, in Hugging Face names. Collectives: every rank calls
+them.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,11 @@ from megatron_scope.convert.mapping import export_stage
 
 
 def save_hf_folder(stage: StageModel, ranks: Ranks, out: Path) -> None:
-    """Writes the weights as a Hugging Face folder beside the config and tokenizer of the folder they came from.
+    """Writes the weights as a Hugging Face folder beside the config and tokenizer of the folder they came
+    from.
 
-    Each pipeline stage of the first replica writes its own shards. The folder appears whole or not at all; an older one of the
-    same name is replaced.
+    Each pipeline stage of the first replica writes its own shards. The folder appears whole or not at all; an
+    older one of the same name is replaced.
     """
     partial = out.with_name(f".{out.name}.partial")
     if ranks.rank == 0:
@@ -45,7 +48,9 @@ def save_hf_folder(stage: StageModel, ranks: Ranks, out: Path) -> None:
 
 
 def save_gradients(student: Trainable, ranks: Ranks, path: Path) -> None:
-    """Writes the full summed gradient, float32, as one safetensors file (after a backward pass with whole gradients)."""
+    """Writes the full summed gradient, float32, as one safetensors file (after a backward pass with whole
+    gradients).
+    """
     if ranks.replica != 0:
         return
     mine = dict(_stage_tensors(student.stage, ranks, student.main_grad))
@@ -55,7 +60,9 @@ def save_gradients(student: Trainable, ranks: Ranks, path: Path) -> None:
         save_file(everything, path)
 
 
-def _stage_tensors(stage: StageModel, ranks: Ranks, local: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _stage_tensors(
+    stage: StageModel, ranks: Ranks, local: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     return export_stage(
         stage.entries, local, stage.shape, ranks.tensor_group, ranks.tensor_rank, ranks.tensor_size
     )

@@ -1,7 +1,8 @@
 """The transformer layer for machines without Transformer Engine: the tested path, on CPU and GPU.
 
-Sequences are packed end to end in one row [T, 1, h]. Rotary angles come from each token's own position and attention runs
-per sequence, so no T x T mask exists. Megatron sees an ordinary [s, b, h] input; only the three modules here know of packing.
+Sequences are packed end to end in one row [T, 1, h]. Rotary angles come from each token's own position and
+attention runs per sequence, so no T x T mask exists. Megatron sees an ordinary [s, b, h] input; only the
+three modules here know of packing.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class PackedSequences(PackedSeqParams):
     """Where each sequence lies in a packed row.
 
     `positions` int64 [T] is each token's place in its sequence. `runs` groups neighbours of equal length as
-    (first token, number of sequences, length), so that they share one attention call. `qkv_format` stays None: Megatron then
-    treats the row as [s, b, h] and leaves packing to the modules of this file.
+    (first token, number of sequences, length), so that they share one attention call. `qkv_format` stays
+    None: Megatron then treats the row as [s, b, h] and leaves packing to the modules of this file.
     """
 
     positions: Tensor | None = None
@@ -53,8 +54,8 @@ def packed_sequences(cu_seqlens: Tensor, positions: Tensor, lengths: list[int]) 
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm over the last dimension that takes part in sequence parallelism.
 
-    The weight is marked so that Megatron sums its gradient over the tensor-parallel ranks when each of them holds a part of the
-    sequence.
+    The weight is marked so that Megatron sums its gradient over the tensor-parallel ranks when each of them
+    holds a part of the sequence.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
@@ -71,7 +72,9 @@ class RMSNorm(torch.nn.Module):
 
 
 class PackedAttention(torch.nn.Module):
-    """Causal grouped-query attention within each sequence of a packed row, by scaled_dot_product_attention."""
+    """Causal grouped-query attention within each sequence of a packed row, by
+    scaled_dot_product_attention.
+    """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__()
@@ -91,7 +94,9 @@ class PackedAttention(torch.nn.Module):
         """query [T, 1, heads, d], key and value [T, 1, groups, d] to [T, 1, heads * d]."""
         del attention_mask, attn_mask_type, attention_bias
         if packed_seq_params is None:
-            raise ValueError("PackedAttention got no packed_seq_params; expected PackedSequences from packed_sequences()")
+            raise ValueError(
+                "PackedAttention got no packed_seq_params; expected PackedSequences from packed_sequences()"
+            )
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
             out = self._varlen(q, k, v, packed_seq_params)
@@ -139,8 +144,8 @@ class PackedAttention(torch.nn.Module):
 class PackedRotary(torch.nn.Module):
     """Rotary angles of a packed row from its token positions, with any inverse frequencies.
 
-    Stands in for Megatron's table of positions 0..s: the "length" that Megatron asks for and passes on is the positions
-    themselves, so no per-sequence slicing and no device synchronisation is needed.
+    Stands in for Megatron's table of positions 0..s: the "length" that Megatron asks for and passes on is the
+    positions themselves, so no per-sequence slicing and no device synchronisation is needed.
     """
 
     def __init__(self, inv_freq: Tensor) -> None:
@@ -160,7 +165,7 @@ class PackedRotary(torch.nn.Module):
 def block_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage: Megatron's own linear layers with this file's norm and attention."""
     layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
-    parts = layer.submodules
+    parts: Any = layer.submodules
     parts.input_layernorm = RMSNorm
     parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
@@ -168,4 +173,5 @@ def block_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockSu
     if config.qk_layernorm:
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    norm: Any = RMSNorm  # a class serves where the annotation asks for a module
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

@@ -8,7 +8,9 @@ from megatron_scope.config.schema import OptimizerConfig, Schedule
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
-    """The rate of a step (counted from 0), a function of the step alone: linear warm-up, then the schedule to `min_lr`."""
+    """The rate of a step (counted from 0), a function of the step alone: linear warm-up, then the schedule to
+    `min_lr`.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule is Schedule.CONSTANT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -42,7 +43,9 @@ class StageModel:
         """This rank's shard [V_local, h] of the output table; the embedding's where the two are tied."""
         if self.shape.tied_embeddings:
             return self.module.shared_embedding_or_output_weight()
-        return self.module.output_layer.weight
+        weight = self.module.output_layer.weight
+        assert weight is not None  # only a tied layer has none of its own
+        return weight
 
 
 def build(
@@ -58,8 +61,9 @@ def build(
 ) -> StageModel:
     """This rank's stage of the model in `folder`, with its weights.
 
-    `padded_vocab` is the table size that both models of a run share, `vocab_size` the columns that count. Raises ConfigError
-    when the sizes cannot be split over the layout, DataError when the folder is not what its config.json says.
+    `padded_vocab` is the table size that both models of a run share, `vocab_size` the columns that count.
+    Raises ConfigError when the sizes cannot be split over the layout, DataError when the folder is not what
+    its config.json says.
     """
     check_names(folder)
     shape = folder.shape
@@ -156,7 +160,11 @@ def _transformer_config(
 
 
 def _module(
-    shape: ModelShape, config: TransformerConfig, ranks: Ranks, padded_vocab: int, stage_sizes: tuple[int, ...]
+    shape: ModelShape,
+    config: TransformerConfig,
+    ranks: Ranks,
+    padded_vocab: int,
+    stage_sizes: tuple[int, ...],
 ) -> GPTModel:
     module = GPTModel(
         config=config,
@@ -169,7 +177,8 @@ def _module(
         position_embedding_type="rope",
         rotary_base=int(shape.rope_theta),
     )
-    module.rotary_pos_emb = PackedRotary(shape.inverse_frequencies().to(ranks.device))
+    rotary: Any = PackedRotary(shape.inverse_frequencies().to(ranks.device))
+    module.rotary_pos_emb = rotary
     if ranks.is_last_stage:
         _end_in_hidden_states(module, config)
     return module.to(ranks.device)
@@ -178,16 +187,20 @@ def _module(
 def _end_in_hidden_states(module: GPTModel, config: TransformerConfig) -> None:
     """The output layer keeps its weight but hands on its input, whole on every tensor rank.
 
-    The loss hook applies the weight itself, so that logits exist only for the tokens that need them. What it computes differs
-    between tensor ranks, so the gradient of the hidden states is summed over them on the way back.
+    The loss hook applies the weight itself, so that logits exist only for the tokens that need them. What it
+    computes differs between tensor ranks, so the gradient of the hidden states is summed over them on the way
+    back.
     """
 
     def hand_on(hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None):
         del weight, runtime_gather_output
         if config.sequence_parallel:
-            whole = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+            whole = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True
+            )
         else:
             whole = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
         return whole, None
 
-    module.output_layer.forward = hand_on
+    layer: Any = module.output_layer
+    layer.forward = hand_on

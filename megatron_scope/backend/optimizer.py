@@ -7,7 +7,11 @@ import math
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -33,15 +37,18 @@ class Trainable:
         self.optimizer.zero_grad()
 
     def step(self, lr: float) -> float:
-        """Clips, updates the parameters at this learning rate and returns the gradient's norm before clipping.
+        """Clips, updates the parameters at this learning rate and returns the gradient's norm before
+        clipping.
 
-        Raises TrainingError, on every rank, when the norm is not finite; parameters and optimizer are then as before.
+        Raises TrainingError, on every rank, when the norm is not finite; parameters and optimizer are then as
+        before.
         """
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(norm):
             raise TrainingError(
-                f"the gradient's norm is {norm}; the optimizer was not touched. Lower optimizer.lr or look at the rollouts"
+                f"the gradient's norm is {norm}; the optimizer was not touched. Lower optimizer.lr or "
+                "look at the rollouts"
             )
         if self.clip_grad > 0:
             for part in self.optimizer.chained_optimizers:
@@ -53,8 +60,11 @@ class Trainable:
         return norm
 
     def main_grad(self, parameter: str) -> Tensor:
-        """A parameter's summed gradient shard by its name in this stage, float32 (after `run(force_all_reduce=True)`)."""
-        return self.stage.module.get_parameter(parameter).main_grad  # pyright: ignore[reportReturnType]
+        """A parameter's summed gradient shard by its name in this stage, float32 (after
+        `run(force_all_reduce=True)`).
+        """
+        value: Any = self.stage.module.get_parameter(parameter)
+        return value.main_grad
 
 
 def make_trainable(stage: StageModel, train: TrainConfig, optimizer: OptimizerConfig) -> Trainable:

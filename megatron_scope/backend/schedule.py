@@ -1,8 +1,11 @@
-"""Running packed micro-batches through Megatron's pipeline schedule, with a hook on the last stage's hidden states."""
+"""Running packed micro-batches through Megatron's pipeline schedule, with a hook on the last stage's hidden
+states.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -31,14 +34,18 @@ def run(
     backward: bool,
     force_all_reduce: bool = False,
 ) -> list[Any]:
-    """Runs every micro-batch through the pipeline and returns what `hook` returned for each, on the last stage (else []).
+    """Runs every micro-batch through the pipeline and returns what `hook` returned for each, on the last
+    stage (else []).
 
-    `hook(micro_batch, hidden)` gets the final hidden states [R, h] of the response rows. With `backward` it must return
-    (loss_sum, data): the gradient of the plain sum of losses goes to main_grad, reduced over replicas, and data is collected.
-    Without, it runs under no_grad and its result is collected. `force_all_reduce` leaves whole gradients on every replica.
+    `hook(micro_batch, hidden)` gets the final hidden states [R, h] of the response rows. With `backward` it
+    must return (loss_sum, data): the gradient of the plain sum of losses goes to main_grad, reduced over
+    replicas, and data is collected. Without, it runs under no_grad and its result is collected.
+    `force_all_reduce` leaves whole gradients on every replica.
     """
 
-    def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+    def forward_step(
+        batches: Iterator[MicroBatch], model: torch.nn.Module
+    ) -> tuple[Tensor, Callable[..., Any]]:
         micro_batch = next(batches)
         hidden = model(**_model_inputs(micro_batch, ranks.device))
         return hidden, partial(_at_last_stage, micro_batch, hook)
@@ -69,7 +76,9 @@ def _at_last_stage(micro_batch: MicroBatch, hook: Hook, output: Tensor, non_loss
 def _model_inputs(micro_batch: MicroBatch, device: torch.device) -> dict[str, Any]:
     positions = torch.from_numpy(micro_batch.positions).to(device)
     packed = packed_sequences(
-        torch.from_numpy(micro_batch.cu_seqlens).to(device), positions, np.diff(micro_batch.cu_seqlens).tolist()
+        torch.from_numpy(micro_batch.cu_seqlens).to(device),
+        positions,
+        np.diff(micro_batch.cu_seqlens).tolist(),
     )
     return {
         "input_ids": torch.from_numpy(micro_batch.tokens).to(device).unsqueeze(0),
@@ -97,7 +106,9 @@ def token_statistics(
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
-    """Per-token log-probs of this replica's scored responses, by canonical index; float32 [|y|], on the last stage only."""
+    """Per-token log-probs of this replica's scored responses, by canonical index; float32 [|y|], on the last
+    stage only.
+    """
 
     by_response: dict[int, np.ndarray]
 
@@ -115,12 +126,16 @@ def response_rows(micro_batch: MicroBatch) -> Iterator[tuple[int, slice]]:
     response = micro_batch.response
     edges = np.concatenate([[0], np.flatnonzero(np.diff(response)) + 1, [len(response)]])
     if len(response):
-        for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        for start, stop in itertools.pairwise(edges):
             yield int(response[start]), slice(int(start), int(stop))
 
 
-def score(stage: StageModel, micro_batches: Sequence[MicroBatch], ranks: Ranks, temperature: float) -> TokenLogprobs:
-    """Forward-only pass: the log-probs of every response token of `micro_batches` at a temperature, in nats."""
+def score(
+    stage: StageModel, micro_batches: Sequence[MicroBatch], ranks: Ranks, temperature: float
+) -> TokenLogprobs:
+    """Forward-only pass: the log-probs of every response token of `micro_batches` at a temperature, in
+    nats.
+    """
     if not micro_batches:
         return TokenLogprobs({})
 
@@ -135,7 +150,9 @@ def score(stage: StageModel, micro_batches: Sequence[MicroBatch], ranks: Ranks, 
 
 
 def mean_logprobs(scores: TokenLogprobs, num_responses: int, ranks: Ranks) -> np.ndarray:
-    """Mean log-prob of each scored response, float64 [N] on every rank; NaN where not scored or not finite."""
+    """Mean log-prob of each scored response, float64 [N] on every rank; NaN where not scored or not
+    finite.
+    """
     total = torch.zeros(num_responses, 2, dtype=torch.float64)
     if ranks.speaks_for_scores:
         for index, values in scores.by_response.items():

@@ -21,8 +21,8 @@ _TIMEOUT = datetime.timedelta(minutes=30)
 class Ranks:
     """Where this process stands. A *replica* is one copy of the model: tensor x pipeline ranks.
 
-    `tensor_group` carries model tensors (NCCL on CUDA). `world_group`, `replica_group` and `leader_group` carry host objects
-    over gloo; `leader_group` holds the first rank of every replica, rank 0 among them.
+    `tensor_group` carries model tensors (NCCL on CUDA). `world_group`, `replica_group` and `leader_group`
+    carry host objects over gloo; `leader_group` holds the first rank of every replica, rank 0 among them.
     """
 
     rank: int
@@ -71,7 +71,9 @@ def prepare() -> None:
 
 
 def initialize(parallel: ParallelConfig) -> Ranks:
-    """Joins the world and builds Megatron's groups; the layout must already have been checked against the world size."""
+    """Joins the world and builds Megatron's groups; the layout must already have been checked against the
+    world size.
+    """
     prepare()
     from megatron.core import parallel_state
 
@@ -108,7 +110,8 @@ def _device() -> torch.device:
 
 def _store(world_size: int) -> dict[str, Any]:
     """One process alone needs no port that another could hold."""
-    return {"store": dist.HashStore()} if world_size == 1 else {}
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    return {"store": store} if world_size == 1 else {}
 
 
 def _ranks(parallel_state: Any, rank: int, world_size: int, device: torch.device) -> Ranks:
@@ -116,14 +119,11 @@ def _ranks(parallel_state: Any, rank: int, world_size: int, device: torch.device
     everyone: list[Any] = [None] * world_size
     dist.all_gather_object(everyone, tuple(replica_ranks))
     replicas = sorted(set(everyone))
-    replica_group = None
-    for members in replicas:
-        group = dist.new_group(list(members), backend="gloo", timeout=_TIMEOUT)
-        if rank in members:
-            replica_group = group
-    leader_group = dist.new_group([members[0] for members in replicas], backend="gloo", timeout=_TIMEOUT)
-    world_group = dist.new_group(list(range(world_size)), backend="gloo", timeout=_TIMEOUT)
-    assert replica_group is not None and world_group is not None
+    # Every rank takes part in making every group, in one order.
+    replica_groups = [_gloo_group(list(members)) for members in replicas]
+    leaders = [members[0] for members in replicas]
+    leader_group = _gloo_group(leaders)
+    replica = replicas.index(tuple(replica_ranks))
     return Ranks(
         rank=rank,
         world_size=world_size,
@@ -131,14 +131,18 @@ def _ranks(parallel_state: Any, rank: int, world_size: int, device: torch.device
         tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
-        replica=replicas.index(tuple(replica_ranks)),
+        replica=replica,
         num_replicas=len(replicas),
         device=device,
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
-        world_group=world_group,
-        replica_group=replica_group,
-        leader_group=leader_group if rank in {members[0] for members in replicas} else None,
+        world_group=_gloo_group(list(range(world_size))),
+        replica_group=replica_groups[replica],
+        leader_group=leader_group if rank in leaders else None,
     )
+
+
+def _gloo_group(members: list[int]) -> Any:
+    return dist.new_group(members, backend="gloo", timeout=_TIMEOUT)
 
 
 def shutdown() -> None:

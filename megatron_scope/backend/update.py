@@ -22,9 +22,10 @@ from megatron_scope.records import MicroBatch, ResponseCoefficients
 class UpdateStats:
     """Sums over all response tokens of an update, the same on every rank (nats).
 
-    `nll_correct` and `kl_incorrect` (the k1 estimate log pi_theta - log pi_T) are means per token of their path, NaN without one.
-    The log-prob gap is trainer minus engine at rollout temperature: mean and maximum of its absolute value, and the k3 estimate
-    of KL(engine || trainer); NaN where the rollouts carry no engine log-probs.
+    `nll_correct` and `kl_incorrect` (the k1 estimate log pi_theta - log pi_T) are means per token of their
+    path, NaN without one. The log-prob gap is trainer minus engine at rollout temperature: mean and maximum
+    of its absolute value, and the k3 estimate of KL(engine || trainer); NaN where the rollouts carry no
+    engine log-probs.
     """
 
     loss: float
@@ -36,7 +37,18 @@ class UpdateStats:
     logprob_gap_kl: float
 
 
-_SUMS = ("loss", "nll", "correct", "kl", "incorrect", "entropy", "tokens", "gap", "gap_kl", "compared")
+_SUMS: tuple[str, ...] = (
+    "loss",
+    "nll",
+    "correct",
+    "kl",
+    "incorrect",
+    "entropy",
+    "tokens",
+    "gap",
+    "gap_kl",
+    "compared",
+)
 
 
 def forward_backward(
@@ -53,7 +65,8 @@ def forward_backward(
 ) -> UpdateStats:
     """Accumulates the gradient of the summed token loss in main_grad, reduced over replicas.
 
-    Raises TrainingError, on every rank, when the loss is not finite. `whole_gradients` leaves the full sum on every replica.
+    Raises TrainingError, on every rank, when the loss is not finite. `whole_gradients` leaves the full sum on
+    every replica.
     """
 
     def hook(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -128,7 +141,9 @@ def _reduce(results: list[dict[str, Tensor]], ranks: Ranks) -> UpdateStats:
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=ranks.world_group)
     total = dict(zip(_SUMS, sums.tolist(), strict=True))
     if not np.isfinite(total["loss"]):
-        raise TrainingError(f"the loss is {total['loss']}; the optimizer was not touched. Look at the step's rollouts")
+        raise TrainingError(
+            f"the loss is {total['loss']}; the optimizer was not touched. Look at the step's rollouts"
+        )
 
     def mean(name: str, count: str) -> float:
         return total[name] / total[count] if total[count] else float("nan")

@@ -1,4 +1,6 @@
-"""The controller's work, free of processes: from judged rollouts to the batch that the ranks train on, and to the record."""
+"""The controller's work, free of processes: from judged rollouts to the batch that the ranks train on, and to
+the record.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ class Controller:
 
 
 def usable_places(judged: list[JudgedRollout], truncated: Truncated) -> list[int]:
-    """The places of the rollouts to learn from: not aborted, not empty, and not truncated where those are dropped."""
+    """The places of the rollouts to learn from: not aborted, not empty, and not truncated where those are
+    dropped.
+    """
     return [
         place
         for place, item in enumerate(judged)
@@ -73,8 +77,10 @@ def make_batch(judged: list[JudgedRollout], truncated: Truncated, vocab_size: in
     counts = _counts(judged, truncated, skipped)
     if not places:
         raise RolloutError(
-            f"none of the step's {counts.sampled} responses is usable: {counts.aborted} aborted, {counts.empty} empty, "
-            f"{counts.dropped_truncated} truncated and dropped; raise rollout.max_new_tokens or set rollout.truncated=keep"
+            f"none of the step's {counts.sampled} responses is usable: {counts.aborted} aborted, "
+            f"{counts.empty} empty, "
+            f"{counts.dropped_truncated} truncated and dropped; raise rollout.max_new_tokens or set "
+            "rollout.truncated=keep"
         )
     group_of: dict[str, int] = {}
     responses, names = [], []
@@ -110,14 +116,17 @@ def _ids(token_ids: tuple[int, ...], vocab_size: int, name: str) -> np.ndarray:
 
 def _counts(judged: list[JudgedRollout], truncated: Truncated, skipped: int) -> RolloutCounts:
     rollouts = [item.rollout for item in judged]
-    num_truncated = sum(rollout.finish_reason == "length" for rollout in rollouts)
+    truncated_ones = [rollout for rollout in rollouts if rollout.finish_reason == "length"]
+    dropped = (
+        [rollout for rollout in truncated_ones if rollout.output_ids] if truncated is Truncated.DROP else []
+    )
     return RolloutCounts(
         prompts=len({rollout.prompt.id for rollout in rollouts}),
         sampled=len(rollouts),
         aborted=sum(rollout.finish_reason == "abort" for rollout in rollouts),
         empty=sum(not rollout.output_ids and rollout.finish_reason != "abort" for rollout in rollouts),
-        truncated=num_truncated,
-        dropped_truncated=num_truncated if truncated is Truncated.DROP else 0,
+        truncated=len(truncated_ones),
+        dropped_truncated=len(dropped),
         verify_errors=sum(item.verdict.error is not None for item in judged),
         skipped_prompts=skipped,
     )

@@ -1,8 +1,11 @@
-"""The controller as a child process of rank 0: calls over a pipe, one at a time, and no orphan whatever ends the parent."""
+"""The controller as a child process of rank 0: calls over a pipe, one at a time, and no orphan whatever ends
+the parent.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import signal
 import traceback
@@ -19,7 +22,8 @@ CLOSE = "close"
 class ControllerProcess:
     """Starts the child at once; a context manager that ends it.
 
-    Errors of the child arrive as the same ScopeError; anything else as a RuntimeError with the child's traceback.
+    Errors of the child arrive as the same ScopeError; anything else as a RuntimeError with the child's
+    traceback.
     """
 
     def __init__(self, config: Config, vocab_size: int, run_folder: str) -> None:
@@ -53,16 +57,15 @@ class ControllerProcess:
     def _died(self) -> ScopeError:
         self._process.join(timeout=5)
         return ScopeError(
-            f"the controller process ended with exit code {self._process.exitcode}; look at the log above and start again "
+            f"the controller process ended with exit code {self._process.exitcode}; look at the log above "
+            "and start again "
             "with --resume auto"
         )
 
     def close(self) -> None:
         """Ends the child and what it started."""
-        try:
+        with contextlib.suppress(BrokenPipeError, OSError):  # it may have ended already
             self._connection.send((CLOSE, ()))
-        except (BrokenPipeError, OSError):
-            pass  # it has ended already
         self._process.join(timeout=30)
         if self._process.is_alive():
             self._process.kill()
@@ -104,8 +107,6 @@ def _answer(connection: Connection, work: Any, *, announce: bool = False) -> Any
         result, answer = None, (True, error)
     except Exception:
         result, answer = None, (True, traceback.format_exc())
-    try:
+    with contextlib.suppress(BrokenPipeError, OSError):  # the parent may be gone; the loop sees that next
         connection.send(answer)
-    except (BrokenPipeError, OSError):
-        pass  # the parent is gone; the loop sees that next
     return result

@@ -50,7 +50,9 @@ class RolloutService:
             request_timeout_s=rollout.request_timeout_s, control_timeout_s=self._config.sync.timeout_s
         )
         key = _api_key(rollout.api_key_env)
-        clients = [ServerClient(url, vocab_size=self._vocab_size, api_key=key, options=options) for url in urls]
+        clients = [
+            ServerClient(url, vocab_size=self._vocab_size, api_key=key, options=options) for url in urls
+        ]
         await asyncio.gather(*(client.wait_healthy(rollout.start_timeout_s) for client in clients))
         self._clients = clients
 
@@ -63,7 +65,8 @@ class RolloutService:
         def judge(rollout: Rollout) -> None:
             if rollout.weight_version != version:
                 raise RolloutError(
-                    f"{rollout.prompt.id}, sample {rollout.sample} comes from weight version {rollout.weight_version}, "
+                    f"{rollout.prompt.id}, sample {rollout.sample} comes from weight version "
+                    f"{rollout.weight_version}, "
                     f"expected {version}; does another trainer use this server?"
                 )
             prompt = rollout.prompt
@@ -96,5 +99,7 @@ def _api_key(variable: str | None) -> str | None:
     if variable is None:
         return None
     if not os.environ.get(variable):
-        raise ConfigError(f"rollout.api_key_env names {variable}, which is not set; export it or unset the key")
+        raise ConfigError(
+            f"rollout.api_key_env names {variable}, which is not set; export it or unset the key"
+        )
     return os.environ[variable]

@@ -89,7 +89,10 @@ class SampledRollouts(_Drawn):
         rollout = self._config.rollout
         requests = [
             RolloutRequest(
-                prompt, sample, sample_seed(self._config.run.seed, step, prompt.id, sample), f"{step}/{prompt.id}/{sample}"
+                prompt,
+                sample,
+                sample_seed(self._config.run.seed, step, prompt.id, sample),
+                f"{step}/{prompt.id}/{sample}",
             )
             for prompt in self._drawer.draw(rollout.prompts_per_step)
             for sample in range(rollout.samples_per_prompt)
@@ -114,7 +117,8 @@ class ReplayedRollouts:
         del version
         if step > len(self._steps):
             raise DataError(
-                f"{self._path} holds {len(self._steps)} recorded steps; step {step} has none. Set run.steps to "
+                f"{self._path} holds {len(self._steps)} recorded steps; step {step} has none. Set "
+                "run.steps to "
                 f"{len(self._steps)} or less"
             )
         return self._steps[step - 1]

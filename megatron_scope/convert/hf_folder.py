@@ -50,7 +50,9 @@ class HfFolder:
         if (self.path / INDEX).exists():
             return read_json(self.path / INDEX)["weight_map"]
         if not (self.path / SINGLE).exists():
-            raise DataError(f"{self.path} holds neither {SINGLE} nor {INDEX}; only safetensors weights are read")
+            raise DataError(
+                f"{self.path} holds neither {SINGLE} nor {INDEX}; only safetensors weights are read"
+            )
         return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
 
     def _open(self, name: str) -> Any:
@@ -59,7 +61,9 @@ class HfFolder:
             try:
                 self._files[name] = safe_open(path, framework="pt")
             except (FileNotFoundError, OSError, SafetensorError) as error:
-                raise DataError(f"{path} cannot be read as safetensors ({error}); copy the file again") from None
+                raise DataError(
+                    f"{path} cannot be read as safetensors ({error}); copy the file again"
+                ) from None
         return self._files[name]
 
     def slice(self, name: str) -> Any:

@@ -1,4 +1,6 @@
-"""Writing Hugging Face folders: shards of bounded size, an index, and everything that is not a weight carried along."""
+"""Writing Hugging Face folders: shards of bounded size, an index, and everything that is not a weight carried
+along.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", 
 
 
 class ShardWriter:
-    """Collects one process's tensors and writes them as safetensors files of at most `max_bytes` (one tensor at least)."""
+    """Collects one process's tensors and writes them as safetensors files of at most `max_bytes` (one tensor
+    at least).
+    """
 
     def __init__(self, folder: Path, prefix: str, max_bytes: int = MAX_SHARD_BYTES) -> None:
         self.folder = folder

@@ -1,8 +1,8 @@
 """How one Megatron parameter and its Hugging Face tensors hold the same numbers, at any tensor-parallel size.
 
-Each layout is one class with both directions: `shard` cuts a rank's part out of the Hugging Face tensors, reading only the
-rows it needs; `join` puts the parts of all ranks back together. `sources` are objects that slice like tensors (a safetensors
-slice or a tensor).
+Each layout is one class with both directions: `shard` cuts a rank's part out of the Hugging Face tensors,
+reading only the rows it needs; `join` puts the parts of all ranks back together. `sources` are objects that
+slice like tensors (a safetensors slice or a tensor).
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ class GateUp:
 
 
 class QKV:
-    """Query, key and value projections (weights or biases), interleaved by query group: q..q k v, q..q k v, ..."""
+    """Query, key and value projections (weights or biases), interleaved by query group: q..q k v, q..q k v,
+    ...
+    """
 
     split_dim: int | None = 0
 
@@ -94,7 +96,9 @@ class QKV:
 
 
 class Vocabulary:
-    """An embedding or output table [vocab_rows, hidden], padded with zero rows to a whole number of shards."""
+    """An embedding or output table [vocab_rows, hidden], padded with zero rows to a whole number of
+    shards.
+    """
 
     split_dim: int | None = 0
 

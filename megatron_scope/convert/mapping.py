@@ -18,7 +18,9 @@ from megatron_scope.errors import DataError
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A parameter by its name in this stage and its Hugging Face names; a `copy` is held elsewhere too and not exported."""
+    """A parameter by its name in this stage and its Hugging Face names; a `copy` is held elsewhere too and
+    not exported.
+    """
 
     parameter: str
     hf: tuple[str, ...]
@@ -29,7 +31,9 @@ class Entry:
 def stage_entries(
     family: Family, shape: ModelShape, padded_vocab: int, layers: range, *, first: bool, last: bool
 ) -> list[Entry]:
-    """Entries of the stage that holds the global `layers`, the embedding if `first`, the output table if `last`."""
+    """Entries of the stage that holds the global `layers`, the embedding if `first`, the output table if
+    `last`.
+    """
     entries = []
     for rule in family.rules(shape):
         if rule.per_layer:
@@ -63,7 +67,9 @@ def _table_entry(rule: Rule, shape: ModelShape, padded_vocab: int, *, first: boo
 def check_names(folder: HfFolder) -> None:
     """DataError when the folder lacks a tensor of its family or holds one that the family does not know."""
     shape = folder.shape
-    entries = stage_entries(folder.family, shape, shape.vocab_rows, range(shape.num_layers), first=True, last=True)
+    entries = stage_entries(
+        folder.family, shape, shape.vocab_rows, range(shape.num_layers), first=True, last=True
+    )
     expected = {name for entry in entries for name in entry.hf}
     found = set(folder.file_of)
     if shape.tied_embeddings:
@@ -77,16 +83,25 @@ def check_names(folder: HfFolder) -> None:
 
 @torch.no_grad()
 def load_stage(
-    parameters: Mapping[str, Tensor], entries: Iterable[Entry], folder: HfFolder, tensor_rank: int, tensor_size: int
+    parameters: Mapping[str, Tensor],
+    entries: Iterable[Entry],
+    folder: HfFolder,
+    tensor_rank: int,
+    tensor_size: int,
 ) -> None:
-    """Fills a stage's parameters in place, reading only this rank's slices; DataError on a shape that does not fit."""
+    """Fills a stage's parameters in place, reading only this rank's slices; DataError on a shape that does
+    not fit.
+    """
     left = set(parameters)
     for entry in entries:
         target = parameters[entry.parameter]
-        value = entry.layout.shard([folder.slice(name) for name in entry.hf], folder.shape, tensor_rank, tensor_size)
+        value = entry.layout.shard(
+            [folder.slice(name) for name in entry.hf], folder.shape, tensor_rank, tensor_size
+        )
         if value.shape != target.shape:
             raise DataError(
-                f"{folder.path}: {', '.join(entry.hf)} give a shard of shape {tuple(value.shape)} but the model has "
+                f"{folder.path}: {', '.join(entry.hf)} give a shard of shape {tuple(value.shape)} but the "
+                "model has "
                 f"{tuple(target.shape)}; config.json and the weights disagree"
             )
         target.copy_(value)
@@ -106,8 +121,8 @@ def export_stage(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields this stage's (Hugging Face name, CPU tensor) on tensor rank 0, one parameter at a time.
 
-    `local` gives a parameter's shard (or its gradient's) by name. A collective: every tensor rank must run it to the end; the
-    others yield nothing.
+    `local` gives a parameter's shard (or its gradient's) by name. A collective: every tensor rank must run it
+    to the end; the others yield nothing.
     """
     for entry in entries:
         if entry.copy:
@@ -122,4 +137,6 @@ def export_stage(
             assert parts is not None
             joined = entry.layout.join(parts, shape)
             # A copy, so that a caller may keep it while the optimizer goes on.
-            yield from ((name, value.cpu().clone().contiguous()) for name, value in zip(entry.hf, joined, strict=True))
+            yield from (
+                (name, value.cpu().clone().contiguous()) for name, value in zip(entry.hf, joined, strict=True)
+            )

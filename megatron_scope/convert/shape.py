@@ -24,7 +24,9 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """The sizes and switches that build a model; `vocab_rows` is the embedding table's length without padding."""
+    """The sizes and switches that build a model; `vocab_rows` is the embedding table's length without
+    padding.
+    """
 
     num_layers: int
     hidden_size: int
@@ -41,7 +43,9 @@ class ModelShape:
     qkv_bias: bool
 
     def inverse_frequencies(self) -> Tensor:
-        """Rotary inverse frequencies, float32 [head_dim / 2]; rounded as transformers and SGLang round them."""
+        """Rotary inverse frequencies, float32 [head_dim / 2]; rounded as transformers and SGLang round
+        them.
+        """
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float() / self.head_dim
         frequencies = 1.0 / (self.rope_theta**exponents)
         return frequencies if self.rope_scaling is None else _rescaled(frequencies, self.rope_scaling)
@@ -62,7 +66,9 @@ def padded_vocab_size(rows: int, tensor_parallel: int) -> int:
 
 
 def spread_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """Layers of each pipeline stage, as even as can be; middle stages take the remainder, since the ends hold the embeddings."""
+    """Layers of each pipeline stage, as even as can be; middle stages take the remainder, since the ends hold
+    the embeddings.
+    """
     base, extra = divmod(num_layers, num_stages)
     by_distance_from_ends = sorted(range(num_stages), key=lambda stage: -min(stage, num_stages - 1 - stage))
     larger = set(by_distance_from_ends[:extra])
@@ -70,7 +76,9 @@ def spread_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
 
 
 def check_layout(shape: ModelShape, tensor: int, stage_sizes: tuple[int, ...], name: str) -> None:
-    """ConfigError when `tensor` does not divide the model's heads, groups and MLP or the stages do not add up."""
+    """ConfigError when `tensor` does not divide the model's heads, groups and MLP or the stages do not add
+    up.
+    """
     for label, count in (
         ("attention heads", shape.num_attention_heads),
         ("query groups", shape.num_query_groups),
@@ -78,17 +86,21 @@ def check_layout(shape: ModelShape, tensor: int, stage_sizes: tuple[int, ...], n
     ):
         if count % tensor:
             raise ConfigError(
-                f"parallel.tensor is {tensor} but {name} has {count} {label}, which {tensor} does not divide; "
+                f"parallel.tensor is {tensor} but {name} has {count} {label}, which {tensor} does not "
+                "divide; "
                 "use a smaller parallel.tensor"
             )
     if sum(stage_sizes) != shape.num_layers or min(stage_sizes) < 0:
         raise ConfigError(
-            f"pipeline_layers is {list(stage_sizes)}, {sum(stage_sizes)} layers; {name} has {shape.num_layers}"
+            f"pipeline_layers is {list(stage_sizes)}, {sum(stage_sizes)} layers; {name} has "
+            f"{shape.num_layers}"
         )
 
 
 def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The rotary settings of a config.json: `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before)."""
+    """The rotary settings of a config.json: `rope_parameters` (transformers 5) or `rope_theta` +
+    `rope_scaling` (before).
+    """
     if "rope_parameters" in config:
         return dict(config["rope_parameters"] or {})
     settings = dict(config.get("rope_scaling") or {})

@@ -1,4 +1,6 @@
-"""From responses to packed micro-batches: which replica takes a response, and which row it lies in. Pure numpy, deterministic."""
+"""From responses to packed micro-batches: which replica takes a response, and which row it lies in. Pure
+numpy, deterministic.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ def response_table(responses: Sequence[Response]) -> ResponseTable:
 
 
 def assign_replicas(num_input_tokens: np.ndarray, num_replicas: int) -> np.ndarray:
-    """The replica of each response, int64 [N]: longest first to the replica with the fewest tokens, ties by number.
+    """The replica of each response, int64 [N]: longest first to the replica with the fewest tokens, ties by
+    number.
 
     A response keeps its replica for the whole step, since its teacher scores stay there.
     """
@@ -35,10 +38,12 @@ def assign_replicas(num_input_tokens: np.ndarray, num_replicas: int) -> np.ndarr
 
 
 def pack(responses: Sequence[Response], micro_batch_tokens: int, multiple_of: int = 1) -> list[MicroBatch]:
-    """Packs responses into micro-batches of at most `micro_batch_tokens` tokens; one longer response stands alone.
+    """Packs responses into micro-batches of at most `micro_batch_tokens` tokens; one longer response stands
+    alone.
 
-    First fit, longest first, so neighbours in a row tend to be of equal length (attention batches those). Row lengths are
-    padded to `multiple_of` (the tensor-parallel size under sequence parallelism) by a segment of its own.
+    First fit, longest first, so neighbours in a row tend to be of equal length (attention batches those). Row
+    lengths are padded to `multiple_of` (the tensor-parallel size under sequence parallelism) by a segment of
+    its own.
     """
     bins: list[list[Response]] = []
     free: list[int] = []
@@ -84,6 +89,8 @@ def _micro_batch(responses: Sequence[Response], multiple_of: int) -> MicroBatch:
         cu_seqlens=starts.astype(np.int32),
         rows=np.concatenate([none, *rows]),
         targets=np.concatenate([none, *(r.output_ids for r in responses)]),
-        response=np.repeat([r.index for r in responses], [len(r.output_ids) for r in responses]).astype(np.int64),
+        response=np.repeat([r.index for r in responses], [len(r.output_ids) for r in responses]).astype(
+            np.int64
+        ),
         engine_logprobs=np.concatenate([none, *(r.engine_logprobs for r in responses)]).astype(np.float32),
     )

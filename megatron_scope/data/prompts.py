@@ -26,7 +26,9 @@ class Example:
 
 @dataclasses.dataclass
 class Cursor:
-    """How far the data have been read; `skipped` counts rows left out so far because their prompt is too long."""
+    """How far the data have been read; `skipped` counts rows left out so far because their prompt is too
+    long.
+    """
 
     epoch: int = 0
     position: int = 0
@@ -36,8 +38,8 @@ class Cursor:
 class Drawer(Generic[Item]):
     """Draws rows without replacement within an epoch, each epoch in its own seeded order.
 
-    An epoch's rest that does not fill a draw is left out, so one draw never holds a row twice. Rows whose prompt is over
-    `data.max_prompt_tokens` are skipped and counted.
+    An epoch's rest that does not fill a draw is left out, so one draw never holds a row twice. Rows whose
+    prompt is over `data.max_prompt_tokens` are skipped and counted.
     """
 
     def __init__(self, source: str, rows: list[Any], encode: Any, config: DataConfig, seed: int) -> None:
@@ -59,7 +61,9 @@ class Drawer(Generic[Item]):
             if self.cursor.position == len(self._rows):
                 if started_at_zero:
                     limit = self._config.max_prompt_tokens
-                    raise DataError(self._too_few(count, len(drawn), f" within data.max_prompt_tokens={limit}"))
+                    raise DataError(
+                        self._too_few(count, len(drawn), f" within data.max_prompt_tokens={limit}")
+                    )
                 self.cursor.epoch, self.cursor.position = self.cursor.epoch + 1, 0
                 drawn, started_at_zero = [], True
             row = self._rows[self._epoch_order()[self.cursor.position]]
@@ -81,13 +85,16 @@ class Drawer(Generic[Item]):
 
     def _too_few(self, count: int, found: int, limit: str) -> str:
         return (
-            f"{self._source} holds {found} usable rows{limit}, fewer than the rollout.prompts_per_step={count} of one step; "
+            f"{self._source} holds {found} usable rows{limit}, fewer than the "
+            f"rollout.prompts_per_step={count} of one step; "
             "lower it or give more data"
         )
 
 
 def prompt_drawer(config: DataConfig, tokenizer: Any, seed: int) -> Drawer[Prompt]:
-    """Draws prompts from rows {id, prompt, answer, task}; DataError names the line of a row that is not one."""
+    """Draws prompts from rows {id, prompt, answer, task}; DataError names the line of a row that is not
+    one.
+    """
     source = str(config.train)
 
     def encode(row: dict[str, Any]) -> tuple[Prompt, int]:
@@ -98,7 +105,9 @@ def prompt_drawer(config: DataConfig, tokenizer: Any, seed: int) -> Drawer[Promp
 
 
 def load_prompts(config: DataConfig, tokenizer: Any, path: str) -> list[Prompt]:
-    """All prompts of a file, in its order; DataError when one is over `data.max_prompt_tokens`: none may be left out."""
+    """All prompts of a file, in its order; DataError when one is over `data.max_prompt_tokens`: none may be
+    left out.
+    """
     prompts = [_encoded(config, tokenizer, row) for row in _prompt_rows(path)]
     longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
     if len(longest.token_ids) > config.max_prompt_tokens:
@@ -109,8 +118,12 @@ def load_prompts(config: DataConfig, tokenizer: Any, path: str) -> list[Prompt]:
     return prompts
 
 
-def example_drawer(config: DataConfig, tokenizer: Any, stop_ids: tuple[int, ...], seed: int) -> Drawer[Example]:
-    """Draws (prompt, response) examples from rows {prompt, response}; a response that does not end in a stop token gets one."""
+def example_drawer(
+    config: DataConfig, tokenizer: Any, stop_ids: tuple[int, ...], seed: int
+) -> Drawer[Example]:
+    """Draws (prompt, response) examples from rows {prompt, response}; a response that does not end in a stop
+    token gets one.
+    """
     source = str(config.train)
     rows = []
     for line, row in read_rows(source):
@@ -136,7 +149,9 @@ def _prompt_rows(source: str) -> list[dict[str, Any]]:
 
 
 def _encoded(config: DataConfig, tokenizer: Any, row: dict[str, Any]) -> Prompt:
-    return Prompt(row["id"], tuple(encode_prompt(config, tokenizer, row["prompt"])), row["answer"], row["task"])
+    return Prompt(
+        row["id"], tuple(encode_prompt(config, tokenizer, row["prompt"])), row["answer"], row["task"]
+    )
 
 
 def _prompt_row(source: str, line: int, row: dict[str, Any]) -> dict[str, Any]:
@@ -150,9 +165,13 @@ def _prompt_row(source: str, line: int, row: dict[str, Any]) -> dict[str, Any]:
 
 def _check_prompt(source: str, line: int, row: dict[str, Any]) -> None:
     prompt = row.get("prompt")
-    is_chat = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+    is_chat = isinstance(prompt, list) and all(
+        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt
+    )
     if not prompt or not (isinstance(prompt, str) or is_chat):
-        raise DataError(f"{source}:{line}: prompt is {prompt!r}; expected text or a list of {{role, content}} messages")
+        raise DataError(
+            f"{source}:{line}: prompt is {prompt!r}; expected text or a list of {{role, content}} messages"
+        )
 
 
 def _check_text(source: str, line: int, row: dict[str, Any], key: str) -> None:

@@ -19,26 +19,31 @@ def load_tokenizer(folder: str) -> Any:
         raise DataError(f"{path} is not a folder; expected a Hugging Face model folder with a tokenizer")
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the tokenizers library raises plain Exception for a file that it cannot read
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(f"{path} has no tokenizer that transformers can load ({reason})") from None
 
 
 def check_same_tokens(student: Any, teacher: Any, student_folder: str, teacher_folder: str) -> None:
-    """ConfigError unless both tokenizers map the same tokens to the same ids: token-level distillation compares ids."""
+    """ConfigError unless both tokenizers map the same tokens to the same ids: token-level distillation
+    compares ids.
+    """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours == theirs:
         return
     differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
     token = differing[0]
     raise ConfigError(
-        f"the tokenizers of {student_folder} and {teacher_folder} differ in {len(differing)} tokens, for example {token!r}: "
+        f"the tokenizers of {student_folder} and {teacher_folder} differ in {len(differing)} tokens, for "
+        f"example {token!r}: "
         f"id {ours.get(token)} and {theirs.get(token)}; student and teacher must share one vocabulary"
     )
 
 
 def stop_token_ids(config: DataConfig, folder: str, tokenizer: Any) -> tuple[int, ...]:
-    """`data.stop_token_ids`, or the end tokens of generation_config.json, config.json or the tokenizer, first one found."""
+    """`data.stop_token_ids`, or the end tokens of generation_config.json, config.json or the tokenizer, first
+    one found.
+    """
     if config.stop_token_ids is not None:
         return config.stop_token_ids
     for name in ("generation_config.json", "config.json"):
@@ -50,10 +55,14 @@ def stop_token_ids(config: DataConfig, folder: str, tokenizer: Any) -> tuple[int
 
 
 def encode_prompt(config: DataConfig, tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
-    """Token ids of a prompt: `data.prompt_template` filled in, or the tokenizer's chat template up to the answer."""
+    """Token ids of a prompt: `data.prompt_template` filled in, or the tokenizer's chat template up to the
+    answer.
+    """
     if config.prompt_template is not None:
         if not isinstance(prompt, str):
-            raise DataError("prompt is a list of messages, which data.prompt_template cannot take; leave it unset")
+            raise DataError(
+                "prompt is a list of messages, which data.prompt_template cannot take; leave it unset"
+            )
         return tokenizer(config.prompt_template.replace("{prompt}", prompt)).input_ids
     messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     if config.system_prompt is not None:
@@ -67,5 +76,6 @@ def check_template(config: DataConfig, tokenizer: Any, folder: str) -> None:
     """ConfigError when neither a prompt template nor a chat template is at hand."""
     if config.prompt_template is None and not tokenizer.chat_template:
         raise ConfigError(
-            f"the tokenizer of {folder} has no chat template; set data.prompt_template, for example '{{prompt}}'"
+            f"the tokenizer of {folder} has no chat template; set data.prompt_template, for example "
+            f"'{{prompt}}'"
         )

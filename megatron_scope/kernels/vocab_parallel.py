@@ -1,15 +1,18 @@
-"""Distillation statistics of logits whose vocabulary is sharded over a process group: one pass, one all-gather.
+"""Distillation statistics of logits whose vocabulary is sharded over a process group: one pass, one
+all-gather.
 
-Letters: T tokens, L columns of this rank's shard, G ranks of the group, z_s / z_t student / teacher logits over
-temperature, p / q their softmax, y target token, m a running maximum, S = sum e^(z - m). Everything in nats.
+Letters: T tokens, L columns of this rank's shard, G ranks of the group, z_s / z_t student / teacher logits
+over temperature, p / q their softmax, y target token, m a running maximum, S = sum e^(z - m). Everything in
+nats.
 
-Per token and rank the forward pass keeps nine numbers (two for the student alone, plus the picked logits), all of them
-*centred* on the local maximum, so that a large offset shared by the logits costs no precision. Ranks combine them after one
-all-gather; the backward pass recomputes p and q and needs no communication.
+Per token and rank the forward pass keeps nine numbers (two for the student alone, plus the picked logits),
+all of them *centred* on the local maximum, so that a large offset shared by the logits costs no precision.
+Ranks combine them after one all-gather; the backward pass recomputes p and q and needs no communication.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -41,14 +44,15 @@ def distill_stats(
 ) -> DistillStats:
     """Log-probs of the targets, KL both ways and entropy of vocabulary-sharded logits.
 
-    Shapes: `student_logits` and `teacher_logits` [T, L] of any float dtype, `targets` int64 [T] with global ids.
-    Returns float32 [T] in nats (float64 for float64 logits): log p(y), log q(y), KL(p||q), KL(q||p), H(p).
-    `vocab_start` is the global id of this rank's first column; columns at or beyond `vocab_size` (padding) do not count.
-    `temperature` divides both logits. Differentiable in `student_logits` through all but `teacher_logprob`; the caller's
-    logits are never modified. With `teacher_logits=None` only `logprob` and `entropy` are computed.
+    Shapes: `student_logits` and `teacher_logits` [T, L] of any float dtype, `targets` int64 [T] with global
+    ids. Returns float32 [T] in nats (float64 for float64 logits): log p(y), log q(y), KL(p||q), KL(q||p),
+    H(p). `vocab_start` is the global id of this rank's first column; columns at or beyond `vocab_size`
+    (padding) do not count. `temperature` divides both logits. Differentiable in `student_logits` through all
+    but `teacher_logprob`; the caller's logits are never modified. With `teacher_logits=None` only `logprob`
+    and `entropy` are computed.
 
-    Raises ValueError on mismatched shapes or a temperature that is not positive. Every rank of `group` must call it, also
-    with T = 0 or a shard that is all padding.
+    Raises ValueError on mismatched shapes or a temperature that is not positive. Every rank of `group` must
+    call it, also with T = 0 or a shard that is all padding.
     """
     _check(student_logits, teacher_logits, targets, temperature)
     width = student_logits.shape[1]
@@ -68,20 +72,21 @@ def distill_stats(
     return DistillStats(*outputs)
 
 
-def _check(student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, temperature: float) -> None:
+def _check(
+    student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, temperature: float
+) -> None:
     if student_logits.dim() != 2:
         raise ValueError(f"student_logits has shape {tuple(student_logits.shape)}; expected [T, V_local]")
     if teacher_logits is not None and teacher_logits.shape != student_logits.shape:
         raise ValueError(
-            f"teacher_logits has shape {tuple(teacher_logits.shape)} but student_logits {tuple(student_logits.shape)}; "
+            f"teacher_logits has shape {tuple(teacher_logits.shape)} but student_logits "
+            f"{tuple(student_logits.shape)}; "
             "build both models at one padded vocabulary size"
         )
     if targets.shape != student_logits.shape[:1]:
         raise ValueError(f"targets has shape {tuple(targets.shape)}; expected [{student_logits.shape[0]}]")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; expected a positive number")
-
-
 
 
 def _row_tiles(num_rows: int, width: int) -> list[slice]:
@@ -104,12 +109,14 @@ def _local_statistics(
     temperature: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """[T, 4] (m_s, S_s, E, y_s) or [T, 9] (+ D, m_t, S_t, D_t, y_t) of this rank's shard; y is 0 where not owned."""
+    """[T, 4] (m_s, S_s, E, y_s) or [T, 9] (+ D, m_t, S_t, D_t, y_t) of this rank's shard; y is 0 where not
+    owned.
+    """
     num_fields = 4 if teacher is None else 9
     stats = student.new_zeros((student.shape[0], num_fields), dtype=dtype)
-    stats[:, 0] = float("-inf")
+    stats[:, 0] = -math.inf
     if teacher is not None:
-        stats[:, 5] = float("-inf")
+        stats[:, 5] = -math.inf
     if num_valid == 0:
         return stats
     local = targets - vocab_start
@@ -121,7 +128,7 @@ def _local_statistics(
         m_s = z_s.amax(dim=1, keepdim=True)
         out[:, 0] = m_s[:, 0]
         out[:, 3] = torch.where(owned[rows], z_s.gather(1, column[rows])[:, 0], 0.0)
-        u = z_s.sub_(m_s)
+        u = z_s.sub_(_or_zero(m_s))
         e_s = u.exp()
         out[:, 1] = e_s.sum(dim=1)
         out[:, 2] = _moment(e_s, u)
@@ -131,12 +138,19 @@ def _local_statistics(
         m_t = z_t.amax(dim=1, keepdim=True)
         out[:, 5] = m_t[:, 0]
         out[:, 8] = torch.where(owned[rows], z_t.gather(1, column[rows])[:, 0], 0.0)
-        v = z_t.sub_(m_t)
+        v = z_t.sub_(_or_zero(m_t))
         out[:, 4] = _moment(e_s, u - v)
         e_t = v.exp()
         out[:, 6] = e_t.sum(dim=1)
         out[:, 7] = _moment(e_t, v.sub_(u))
     return stats
+
+
+def _or_zero(maximum: Tensor) -> Tensor:
+    """The maximum to centre on; 0 where all logits are -inf, which so stay -inf with S = 0 like an empty
+    shard.
+    """
+    return maximum.masked_fill(maximum == -math.inf, 0.0)
 
 
 def _moment(weight: Tensor, value: Tensor) -> Tensor:
@@ -171,10 +185,15 @@ def _rebased(stats: Tensor, m_s: Tensor, m_t: Tensor | None) -> Tensor:
     if m_t is not None:
         d_t = torch.where(stats[:, 6] == 0, 0.0, stats[:, 5] - m_t)
         a_t = d_t.exp()
-        out[:, 4] = a_s * (stats[:, 4] + stats[:, 1] * (d_s - d_t))
+        out[:, 4] = _scaled(a_s, stats[:, 4] + stats[:, 1] * (d_s - d_t))
         out[:, 6] = a_t * stats[:, 6]
-        out[:, 7] = a_t * (stats[:, 7] + stats[:, 6] * (d_t - d_s))
+        out[:, 7] = _scaled(a_t, stats[:, 7] + stats[:, 6] * (d_t - d_s))
     return out
+
+
+def _scaled(factor: Tensor, value: Tensor) -> Tensor:
+    """factor * value with 0 * inf = 0, as in `_moment`."""
+    return torch.where(factor == 0, 0.0, factor * value)
 
 
 class _DistillStats(torch.autograd.Function):
@@ -204,8 +223,8 @@ class _DistillStats(torch.autograd.Function):
         lse_s = total_s.log()
         entropy = lse_s - moment / total_s
         logprob = (y_s - m_s) - lse_s
-        ctx.teacher_given = teacher is not None
-        ctx.vocab_start, ctx.num_valid, ctx.temperature, ctx.dtype = vocab_start, num_valid, temperature, dtype
+        ctx.vocab_start, ctx.num_valid = vocab_start, num_valid
+        ctx.temperature, ctx.dtype = temperature, dtype
         if teacher is None:
             ctx.save_for_backward(student, targets, m_s, lse_s, entropy)
             return logprob, entropy
@@ -219,37 +238,51 @@ class _DistillStats(torch.autograd.Function):
         return logprob, teacher_logprob, reverse_kl, forward_kl, entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        student, targets, m_s, lse_s, entropy = ctx.saved_tensors[:5]
-        if ctx.teacher_given:
-            g_logprob, _, g_reverse, g_forward, g_entropy = grads
-            teacher, m_t, lse_t, reverse_kl = ctx.saved_tensors[5:]
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        student, targets, m_s, lse_s, entropy, *saved = ctx.saved_tensors
+        teacher = None
+        if saved:
+            g_logprob, _, g_reverse, g_forward, g_entropy = grad_outputs
+            logits, maximum, lse, reverse_kl = saved
+            teacher = _TeacherTerms(logits, maximum, lse, reverse_kl, g_reverse, g_forward)
         else:
-            g_logprob, g_entropy = grads
-            g_reverse = g_forward = teacher = m_t = lse_t = reverse_kl = None
-        num_valid, dtype = ctx.num_valid, ctx.dtype
+            g_logprob, g_entropy = grad_outputs
         grad = student.new_zeros(student.shape)
         local = targets - ctx.vocab_start
-        owned = (local >= 0) & (local < num_valid)
-        for rows in _row_tiles(student.shape[0], num_valid) if num_valid else ():
-            u = _centred(student[rows], num_valid, ctx.temperature, dtype)
+        owned = (local >= 0) & (local < ctx.num_valid)
+        for rows in _row_tiles(student.shape[0], ctx.num_valid) if ctx.num_valid else ():
+            u = _centred(student[rows], ctx.num_valid, ctx.temperature, ctx.dtype)
             u.sub_(m_s[rows].unsqueeze(1)).sub_(lse_s[rows].unsqueeze(1))  # m + ln S in one would round
             p = u.exp()
-            constant = -g_logprob[rows] - g_entropy[rows] * entropy[rows]
-            slope = -g_entropy[rows]
-            if teacher is not None:
-                constant = constant - g_reverse[rows] * reverse_kl[rows] + g_forward[rows]
-                slope = slope + g_reverse[rows]
-            dz = u * slope.unsqueeze(1)
-            if teacher is not None:
-                v = _centred(teacher[rows], num_valid, ctx.temperature, dtype)
-                v.sub_(m_t[rows].unsqueeze(1)).sub_(lse_t[rows].unsqueeze(1))
-                dz.sub_(v * g_reverse[rows].unsqueeze(1))
-            dz.add_(constant.unsqueeze(1)).mul_(p)
-            dz.masked_fill_(p == 0, 0.0)
-            if teacher is not None:
-                dz.sub_(v.exp_().mul_(g_forward[rows].unsqueeze(1)))
+            dz = u * -g_entropy[rows].unsqueeze(1)
+            dz.add_((-g_logprob[rows] - g_entropy[rows] * entropy[rows]).unsqueeze(1))
+            if teacher is None:
+                dz.mul_(p).masked_fill_(p == 0, 0.0)
+            else:
+                dz = _with_teacher(dz, u, p, teacher, rows, ctx)
             mine = owned[rows].nonzero()[:, 0]
             dz[mine, local[rows][mine]] += g_logprob[rows][mine]
-            grad[rows, :num_valid] = dz.div_(ctx.temperature).to(grad.dtype)
+            grad[rows, : ctx.num_valid] = dz.div_(ctx.temperature).to(grad.dtype)
         return grad, None, None, None, None, None, None
+
+
+class _TeacherTerms(NamedTuple):
+    """What the two KL gradients need: the teacher's logits [T, L], its statistics and the upstream gradients, [T]."""
+
+    logits: Tensor
+    maximum: Tensor
+    lse: Tensor
+    reverse_kl: Tensor
+    g_reverse: Tensor
+    g_forward: Tensor
+
+
+def _with_teacher(dz: Tensor, u: Tensor, p: Tensor, teacher: _TeacherTerms, rows: slice, ctx: Any) -> Tensor:
+    """p (dz + g_R (u - v - RKL) + g_F) - g_F q, from the bracket `dz` of the student alone."""
+    g_reverse, g_forward = teacher.g_reverse[rows].unsqueeze(1), teacher.g_forward[rows].unsqueeze(1)
+    v = _centred(teacher.logits[rows], ctx.num_valid, ctx.temperature, ctx.dtype)
+    v.sub_(teacher.maximum[rows].unsqueeze(1)).sub_(teacher.lse[rows].unsqueeze(1))
+    reverse = (u - v).sub_(teacher.reverse_kl[rows].unsqueeze(1)).mul_(g_reverse)
+    dz.add_(reverse.masked_fill_(g_reverse == 0, 0.0)).add_(g_forward)  # 0 * inf = 0
+    dz.mul_(p).masked_fill_(p == 0, 0.0)
+    return dz.sub_(v.exp_().mul_(g_forward))

@@ -34,8 +34,9 @@ Weigh = Callable[[ResponseTable, np.ndarray, np.ndarray], WeighedResponses]
 class Objective:
     """An objective as four pure functions of a step's table.
 
-    `student_scored` and `teacher_scored` give bool [N]: the responses whose log-probs must be known before the update. `weigh`
-    takes their mean log-probs (float64 [N], nats per token, NaN where not scored). `token_loss` is summed over micro-batches.
+    `student_scored` and `teacher_scored` give bool [N]: the responses whose log-probs must be known before
+    the update. `weigh` takes their mean log-probs (float64 [N], nats per token, NaN where not scored).
+    `token_loss` is summed over micro-batches.
     """
 
     student_scored: Mask
@@ -77,8 +78,9 @@ def _scope(config: ObjectiveConfig) -> Objective:
 def aggregate(weights: np.ndarray, table: ResponseTable, aggregation: Aggregation) -> ResponseCoefficients:
     """Per-response token coefficients from the weights of both paths, float64 [N].
 
-    B is the number of prompts with a usable response. sequence_sum: w / B (Eq. 6). sequence_mean: w / (B |y|). token_mean: w over
-    the correct tokens on the likelihood path, w over all tokens on the distillation path (the authors' code).
+    B is the number of prompts with a usable response. sequence_sum: w / B (Eq. 6). sequence_mean: w / (B
+    |y|). token_mean: w over the correct tokens on the likelihood path, w over all tokens on the distillation
+    path (the authors' code).
     """
     num_tokens = table.num_tokens.astype(np.float64)
     if aggregation is Aggregation.TOKEN_MEAN:

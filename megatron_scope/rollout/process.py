@@ -10,7 +10,6 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_scope.errors import RolloutError
@@ -30,14 +29,9 @@ class EmbeddedServer:
     """
 
     def __init__(
-        self,
-        options: ServeOptions,
-        *,
-        log_path: str | Path,
-        start_timeout_s: float = 120.0,
-        command: Sequence[str] = COMMAND,
+        self, options: ServeOptions, *, log_path: str | Path, start_timeout_s: float = 120.0
     ) -> None:
-        self._options, self._command = options, tuple(command)
+        self._options = options
         self._log_path, self._start_timeout_s = Path(log_path), start_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._port: int | None = None
@@ -71,7 +65,7 @@ class EmbeddedServer:
             )
             with self._log_path.open("ab") as log:
                 self._process = subprocess.Popen(
-                    [*self._command, *flags_of(options)],
+                    [*COMMAND, *flags_of(options)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,

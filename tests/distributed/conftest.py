@@ -19,7 +19,7 @@ def pool() -> Iterator[Callable[[int], RankPool]]:
         pools: dict[int, RankPool] = {}
 
         def get(size: int) -> RankPool:
-            if size not in pools:
+            if size not in pools or pools[size].closed:
                 pools[size] = RankPool(size)
                 stack.callback(pools[size].close)
             return pools[size]

@@ -1,4 +1,6 @@
-"""One replayed file gives the same log-probs and the same full gradient at every layout and packing (float32)."""
+"""One replayed file gives the same log-probs and the same full gradient at every layout and packing
+(float32).
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
-    """Student and teacher of other depth, width and table length: a tied Qwen2 and an untied Llama, both ways round."""
+    """Student and teacher of other depth, width and table length: a tied Qwen2 and an untied Llama, both ways
+    round.
+    """
     root = tmp_path_factory.mktemp("models")
     qwen2 = save_qwen2(root / "qwen2", seed=1, rows=43)
     llama = save_llama(root / "llama", seed=2)
@@ -101,7 +105,9 @@ def reference_gradient(student: Path, teacher: Path) -> dict[str, torch.Tensor]:
     prompts = sorted({row["prompt_id"] for row in ROWS})
     for prompt in prompts:
         for kind in (True, False):
-            members = [i for i, row in enumerate(ROWS) if row["prompt_id"] == prompt and row["correct"] == kind]
+            members = [
+                i for i, row in enumerate(ROWS) if row["prompt_id"] == prompt and row["correct"] == kind
+            ]
             if not members:
                 continue
             means = torch.stack([(student_logprobs if kind else teacher_logprobs)[i].mean() for i in members])
@@ -153,7 +159,9 @@ def test_the_gradient_equals_the_papers_at_every_layout(pool, models, expected, 
     assert metrics[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
-@pytest.mark.parametrize("layout", [Layout(1), Layout(4, tensor=2, pipeline=2, sequence=True), Layout(2)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [Layout(1), Layout(4, tensor=2, pipeline=2, sequence=True), Layout(2)], ids=str
+)
 @pytest.mark.parametrize("pair", ["tied", "untied"])
 def test_token_logprobs_equal_transformers_at_every_layout(pool, models, expected, tmp_path, layout, pair):
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)

@@ -1,4 +1,6 @@
-"""What the ranks of a pool are asked to do; each function runs on every rank and returns picklable results."""
+"""What the ranks of a pool are asked to do; each function runs on every rank and returns picklable
+results.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ def layout(parallel: ParallelConfig) -> Iterator[Any]:
     ranks = setup.initialize(parallel)
     try:
         yield ranks
-    finally:
         dist.barrier(group=ranks.world_group)
+    finally:
         parallel_state.destroy_model_parallel()
 
 
@@ -69,7 +71,9 @@ def vocab_parallel_stats(
     upstream: list[torch.Tensor],
     temperature: float,
 ) -> tuple[list[torch.Tensor | None], torch.Tensor]:
-    """distill_stats on shards of the given widths; returns the outputs and this rank's shard of the gradient."""
+    """distill_stats on shards of the given widths; returns the outputs and this rank's shard of the
+    gradient.
+    """
     from megatron_scope.kernels.vocab_parallel import distill_stats
 
     with layout(ParallelConfig(tensor=len(columns))) as ranks:
@@ -86,7 +90,9 @@ def vocab_parallel_stats(
             temperature=temperature,
         )
         outputs = [value for value in stats if value is not None and value.requires_grad]
-        torch.autograd.backward(outputs, [grad.to(value) for grad, value in zip(upstream, outputs, strict=True)])
+        torch.autograd.backward(
+            outputs, [grad.to(value) for grad, value in zip(upstream, outputs, strict=True)]
+        )
         assert mine.grad is not None
         return [None if value is None else value.detach() for value in stats], mine.grad
 

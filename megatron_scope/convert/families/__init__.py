@@ -1,4 +1,6 @@
-"""One file a model family. A family declares which config.json it reads and how its tensors map to Megatron's parameters."""
+"""One file a model family. A family declares which config.json it reads and how its tensors map to Megatron's
+parameters.
+"""
 
 from __future__ import annotations
 

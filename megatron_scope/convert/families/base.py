@@ -15,7 +15,8 @@ Table = Literal["embedding", "output"]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One Megatron parameter and the Hugging Face tensors that hold its numbers; `{layer}` is the layer's global number.
+    """One Megatron parameter and the Hugging Face tensors that hold its numbers; `{layer}` is the layer's
+    global number.
 
     A `table` rule is for the vocabulary tables, whose padded size depends on the run.
     """
@@ -50,10 +51,18 @@ def dense_decoder_rules(shape: ModelShape) -> tuple[Rule, ...]:
         Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), table="embedding"),
         Rule(f"{_LAYER}input_layernorm.weight", (f"{_HF_LAYER}input_layernorm.weight",), Replicated()),
         Rule(
-            f"{_LAYER}self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in projections), QKV()
+            f"{_LAYER}self_attention.linear_qkv.weight",
+            tuple(f"{name}.weight" for name in projections),
+            QKV(),
         ),
-        Rule(f"{_LAYER}self_attention.linear_proj.weight", (f"{_HF_LAYER}self_attn.o_proj.weight",), Columns()),
-        Rule(f"{_LAYER}pre_mlp_layernorm.weight", (f"{_HF_LAYER}post_attention_layernorm.weight",), Replicated()),
+        Rule(
+            f"{_LAYER}self_attention.linear_proj.weight", (f"{_HF_LAYER}self_attn.o_proj.weight",), Columns()
+        ),
+        Rule(
+            f"{_LAYER}pre_mlp_layernorm.weight",
+            (f"{_HF_LAYER}post_attention_layernorm.weight",),
+            Replicated(),
+        ),
         Rule(
             f"{_LAYER}mlp.linear_fc1.weight",
             (f"{_HF_LAYER}mlp.gate_proj.weight", f"{_HF_LAYER}mlp.up_proj.weight"),
@@ -65,7 +74,11 @@ def dense_decoder_rules(shape: ModelShape) -> tuple[Rule, ...]:
     ]
     if shape.qkv_bias:
         rules.append(
-            Rule(f"{_LAYER}self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in projections), QKV())
+            Rule(
+                f"{_LAYER}self_attention.linear_qkv.bias",
+                tuple(f"{name}.bias" for name in projections),
+                QKV(),
+            )
         )
     return tuple(rules)
 
@@ -92,12 +105,16 @@ def read_dense_shape(config: dict[str, Any], source: str, *, qkv_bias: bool) -> 
             qkv_bias=qkv_bias,
         )
     except KeyError as missing:
-        raise DataError(f"{source}: {missing} is missing; expected a complete Hugging Face config.json") from None
+        raise DataError(
+            f"{source}: {missing} is missing; expected a complete Hugging Face config.json"
+        ) from None
 
 
 def _refuse_unsupported(config: dict[str, Any], source: str) -> None:
     if config.get("use_sliding_window"):
-        raise DataError(f"{source}: use_sliding_window is true; sliding-window attention is not supported yet")
+        raise DataError(
+            f"{source}: use_sliding_window is true; sliding-window attention is not supported yet"
+        )
     if config.get("hidden_act", "silu") != "silu":
         raise DataError(f"{source}: hidden_act is {config['hidden_act']!r}; supported: silu")
     for key in ("attention_bias", "mlp_bias"):

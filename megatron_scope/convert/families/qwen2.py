@@ -1,4 +1,6 @@
-"""Qwen2, Qwen2.5 and the DeepSeek-R1-Distill models built on them: a Llama with biases on query, key and value."""
+"""Qwen2, Qwen2.5 and the DeepSeek-R1-Distill models built on them: a Llama with biases on query, key and
+value.
+"""
 
 from functools import partial
 

@@ -40,7 +40,7 @@ class EmbeddedApp:
     ) -> None:
         self._options, self._model, self._decode, self._api_key = options, model, decode, api_key
         self._model_path = options.model
-        self._open: dict[str, asyncio.Future[Answer]] = {}
+        self._open: dict[str, tuple[Sample, asyncio.Future[Answer]]] = {}
         self._loop = asyncio.get_running_loop()
         self.engine = Engine(model, options, self._deliver)
 
@@ -78,8 +78,9 @@ class EmbeddedApp:
 
     def _settle(self, finished: list[tuple[Sample, Answer]]) -> None:
         for sample, answer in finished:
-            future = self._open.get(sample.id)
-            if future is not None and not future.done():
+            expected, future = self._open.get(sample.id, (None, None))
+            # A request that was given up may have left its rid to another before its own answer came.
+            if expected is sample and future is not None and not future.done():
                 future.set_result(answer)
 
     @web.middleware
@@ -113,7 +114,7 @@ class EmbeddedApp:
         if doubled is not None:
             raise BadRequest(f"rid {doubled!r} is already in use: give every open request a rid of its own")
         futures = [self._loop.create_future() for _ in ids]
-        self._open.update(zip(ids, futures, strict=True))
+        self._open.update(zip(ids, zip(call.samples, futures, strict=True), strict=True))
         try:
             self.engine.submit(call.samples)
             return await asyncio.gather(*futures)

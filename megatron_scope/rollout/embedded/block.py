@@ -28,6 +28,10 @@ class Progress:
     spans: list[VersionSpan] = dataclasses.field(default_factory=list)
     input_logprobs: list[float] | None = None
 
+    def is_named(self, names: frozenset[str] | None) -> bool:
+        """Whether the sample's id or rid is in `names`; None names all."""
+        return names is None or self.sample.id in names or self.sample.rid in names
+
     @classmethod
     def start(cls, sample: Sample, eos_ids: frozenset[int]) -> Progress:
         settings = sample.sampling
@@ -117,12 +121,7 @@ class SlotBlock:
 
     def remove(self, wanted: frozenset[str] | None = None) -> list[Progress]:
         """Takes out the samples whose id or rid is in `wanted` (None: all), with their output so far."""
-        rows = [
-            row
-            for row, progress in enumerate(self._progress)
-            if progress is not None
-            and (wanted is None or progress.sample.id in wanted or progress.sample.rid in wanted)
-        ]
+        rows = [row for row, progress in enumerate(self._progress) if progress and progress.is_named(wanted)]
         return [self._release(row) for row in rows]
 
     def note_version(self, version: str) -> None:

@@ -69,6 +69,7 @@ class Engine:
         self._condition = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         self._waiting: deque[Progress] = deque()
+        self._held: deque[Progress] = deque()  # what came after a queued update waits for its weights
         self._updates: deque[_Update] = deque()
         self._blocks: list[SlotBlock] = []
         self._slots: dict[int, int] = {}
@@ -115,7 +116,11 @@ class Engine:
     def state(self) -> EngineState:
         """What the engine is doing; counts may be one round old."""
         return EngineState(
-            self._num_running(), len(self._waiting), self._paused, self._version, self._failure
+            self._num_running(),
+            len(self._waiting) + len(self._held),
+            self._paused,
+            self._version,
+            self._failure,
         )
 
     def close(self, timeout_s: float) -> None:
@@ -168,6 +173,9 @@ class Engine:
     def _round(self) -> None:
         while self._can_update():
             self._apply(self._updates.popleft())
+        if self._held and not self._updates:
+            self._waiting.extend(self._held)
+            self._held.clear()
         if not self._paused:
             self._admit()
             for block in self._blocks:
@@ -184,12 +192,13 @@ class Engine:
     # ---- admission
 
     def _enqueue(self, samples: Sequence[Sample]) -> None:
-        self._waiting.extend(Progress.start(sample, self._model.eos_ids) for sample in samples)
+        queue = self._held if self._updates else self._waiting
+        queue.extend(Progress.start(sample, self._model.eos_ids) for sample in samples)
 
     def _admit(self) -> None:
-        """First come, first served; a queued weight update holds back whatever has not begun."""
+        """First come, first served."""
         budget = PREFILL_TOKENS_PER_ROUND
-        while self._waiting and budget > 0 and not self._updates:
+        while self._waiting and budget > 0:
             progress = self._waiting[0]
             scoring_only = progress.sample.sampling.max_new_tokens == 0
             block = None if scoring_only else self._block_for(progress.sample)
@@ -273,11 +282,11 @@ class Engine:
     def _take_out(self, rids: frozenset[str] | None) -> list[Progress]:
         """Removes running and waiting samples (None: all), the running ones first."""
         taken = [progress for block in self._blocks for progress in block.remove(rids)]
-        kept: deque[Progress] = deque()
-        for progress in self._waiting:
-            sample = progress.sample
-            (taken if rids is None or sample.id in rids or sample.rid in rids else kept).append(progress)
-        self._waiting = kept
+        for queue in (self._waiting, self._held):
+            everything = list(queue)
+            queue.clear()
+            for progress in everything:
+                (taken if progress.is_named(rids) else queue).append(progress)
         return taken
 
     def _abort(self, rids: frozenset[str] | None) -> None:
@@ -312,7 +321,8 @@ class Engine:
         self._updates.append(update)
 
     def _can_update(self) -> bool:
-        return len(self._updates) > 0 and (self._paused or self._num_running() == 0)
+        idle = self._num_running() == 0 and not self._waiting
+        return len(self._updates) > 0 and (self._paused or idle)
 
     def _apply(self, update: _Update) -> None:
         try:
@@ -330,7 +340,7 @@ class Engine:
         update.done.set_result(self._num_running() + len(self._waiting) if self._paused else 0)
 
     def _flush(self) -> bool:
-        if self._num_running() or self._waiting:
+        if self._num_running() or self._waiting or self._held:
             return False
         self._prompts.clear()
         return True

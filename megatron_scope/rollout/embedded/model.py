@@ -191,20 +191,27 @@ class ServedModel:
         if not Path(folder).is_dir():
             raise WeightsError(f"{folder} is not a folder on this machine")
         try:
-            if (Path(folder) / "config.json").exists():
-                self._compare_config(AutoConfig.from_pretrained(folder, local_files_only=True))
-            settings = copy.deepcopy((self.config, self._model.generation_config))
-            new, info = type(self._model).from_pretrained(
-                folder, config=settings[0], generation_config=settings[1], **self._load_arguments()
-            )
-        except LOAD_ERRORS as error:
-            raise WeightsError(f"{folder}: {_one_line(error)}") from error
-        wrong = _differences(info) or self._untied(new)
-        if wrong:
-            raise WeightsError(f"{folder}: not weights of the served model: {wrong}")
+            new = self._load_alike(folder)
+        except WeightsError:
+            raise
+        except Exception as error:  # whatever a broken folder makes the loader raise, serving goes on
+            raise WeightsError(f"{folder}: {_one_line(error) or type(error).__name__}") from error
         given = dict(new.named_parameters())
         for name, parameter in self._model.named_parameters():
             parameter.data.copy_(given[name].data)
+
+    def _load_alike(self, folder: str) -> Any:
+        """A second model from `folder`, of the same configuration, names and shapes; else WeightsError."""
+        if (Path(folder) / "config.json").exists():
+            self._compare_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        settings = copy.deepcopy((self.config, self._model.generation_config))
+        new, info = type(self._model).from_pretrained(
+            folder, config=settings[0], generation_config=settings[1], **self._load_arguments()
+        )
+        wrong = _differences(info) or self._untied(new)
+        if wrong:
+            raise WeightsError(f"{folder}: not weights of the served model: {wrong}")
+        return new
 
     def _load_arguments(self) -> dict[str, Any]:
         """Mismatched shapes are let through here so that they can be reported by name."""

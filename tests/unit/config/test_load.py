@@ -334,6 +334,10 @@ def _strategy(annotation):
     """Any value of a schema annotation."""
     text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
         [
+            "a\x85b",
+            "\u2028",
+            " a ",
+            "a\n b\n\n",
             "null",
             "5e-5",
             "0x1",
@@ -371,7 +375,7 @@ def _section(section):
     return st.builds(section, **{name: _strategy(annotation) for name, annotation in hints.items()})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.builds(Config, **{name: _section(kind) for name, kind in typing.get_type_hints(Config).items()}))
 def test_any_config_survives_writing_and_loading(tmp_path_factory, config):
     path = tmp_path_factory.getbasetemp() / "round_trip.yaml"

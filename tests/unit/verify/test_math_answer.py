@@ -284,7 +284,7 @@ def test_real_answers_equal_themselves_to_the_library(gold_answers):
 
 
 def test_different_real_answers_stay_different(gold_answers):
-    formulas = [a for answers in gold_answers.values() for a in answers if not a.lstrip("-").isdigit()][::7]
+    formulas = [a for answers in gold_answers.values() for a in answers if not a.lstrip("-").isdigit()][::12]
     equal = [
         (a, b)
         for a, b in itertools.pairwise(formulas)

@@ -1,0 +1,220 @@
+"""The weigh stage with numbers worked out by hand, and the diagnostics of its weights."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from megatron_scope.config.schema import Aggregation, ObjectiveConfig, ObjectiveName
+from megatron_scope.errors import ConfigError
+from megatron_scope.objective import build_objective
+from megatron_scope.objective.diagnostics import mean_perplexity, one_sided_share, path_spread
+from megatron_scope.objective.losses import likelihood_loss, scope_loss
+from megatron_scope.objective.objectives import aggregate
+from megatron_scope.records import ResponseTable
+
+NAN = math.nan
+
+
+def table(group, correct, num_tokens):
+    tokens = np.array(num_tokens, dtype=np.int64)
+    return ResponseTable(np.array(group, dtype=np.int64), np.array(correct, dtype=bool), tokens, tokens + 3)
+
+
+def of_ppl(values):
+    """Mean log-probs from perplexities; None was not scored."""
+    return np.array([NAN if value is None else -math.log(value) for value in values])
+
+
+# Four prompts with usable responses: a mixed group, all correct, all incorrect, and a group of one. Ids have gaps.
+TABLE = table(
+    group=[0, 0, 0, 0, 2, 2, 5, 5, 5, 9],
+    correct=[True, False, True, False, True, True, False, False, False, False],
+    num_tokens=[2, 4, 5, 1, 10, 8, 3, 2, 6, 9],
+)
+STUDENT = of_ppl([2, None, 6, None, 1, 3, None, None, None, None])
+TEACHER = of_ppl([None, 2, None, 6, None, None, 4, 4, 2, 30])
+WEIGHTS = [0.25, 0.75, 0.75, 0.25, 0.25, 0.75, 0.25, 0.25, 0.5, 1.0]
+
+
+def weigh(given=TABLE, student=STUDENT, teacher=TEACHER, **settings):
+    return build_objective(ObjectiveConfig(**settings)).weigh(given, student, teacher)
+
+
+def exactly(values):
+    return pytest.approx(values, rel=1e-13, abs=0.0)
+
+
+# ---- scope
+
+
+def test_weights_of_each_prompts_sets():
+    weights = weigh().weights
+    assert weights.dtype == np.float64 and weights.tolist() == exactly(WEIGHTS)
+
+
+def test_a_mixed_group_carries_two_and_a_one_sided_group_one():
+    weights = weigh().weights
+    totals = {int(group): weights[TABLE.group == group].sum() for group in np.unique(TABLE.group)}
+    assert totals == exactly({0: 2.0, 2: 1.0, 5: 1.0, 9: 1.0})
+
+
+def test_sequence_sum_divides_by_the_number_of_prompts_only():
+    coefficients = weigh().coefficients
+    assert coefficients.likelihood.tolist() == exactly([1 / 16, 0, 3 / 16, 0, 1 / 16, 3 / 16, 0, 0, 0, 0])
+    assert coefficients.distill.tolist() == exactly(
+        [0, 3 / 16, 0, 1 / 16, 0, 0, 1 / 16, 1 / 16, 1 / 8, 1 / 4]
+    )
+
+
+def test_sequence_mean_also_divides_by_the_responses_length():
+    coefficients = weigh(aggregation=Aggregation.SEQUENCE_MEAN).coefficients
+    assert coefficients.likelihood.tolist() == exactly([1 / 32, 0, 3 / 80, 0, 1 / 160, 3 / 128, 0, 0, 0, 0])
+    assert coefficients.distill.tolist() == exactly(
+        [0, 3 / 64, 0, 1 / 16, 0, 0, 1 / 48, 1 / 32, 1 / 48, 1 / 36]
+    )
+
+
+def test_token_mean_divides_by_correct_tokens_on_one_path_and_by_all_tokens_on_the_other():
+    coefficients = weigh(aggregation=Aggregation.TOKEN_MEAN).coefficients
+    assert coefficients.likelihood.tolist() == exactly(  # 25 correct tokens
+        [0.01, 0, 0.03, 0, 0.01, 0.03, 0, 0, 0, 0]
+    )
+    assert coefficients.distill.tolist() == exactly(  # 50 tokens
+        [0, 0.015, 0, 0.005, 0, 0, 0.005, 0.005, 0.01, 0.02]
+    )
+
+
+@pytest.mark.parametrize("aggregation", list(Aggregation))
+@pytest.mark.parametrize("correct", [True, False])
+def test_a_step_of_one_kind_has_one_path(aggregation, correct):
+    given = table([0, 0, 1], [correct] * 3, [4, 2, 3])
+    ppl = of_ppl([2, 6, 5])
+    none = np.full(3, NAN)
+    weighed = weigh(given, ppl if correct else none, none if correct else ppl, aggregation=aggregation)
+    likelihood, distill = weighed.coefficients.likelihood, weighed.coefficients.distill
+    used, unused = (likelihood, distill) if correct else (distill, likelihood)
+    assert weighed.weights.tolist() == exactly([0.25, 0.75, 1.0] if correct else [0.75, 0.25, 1.0])
+    assert (used > 0).all() and not unused.any()
+
+
+def test_only_prompts_that_are_present_count():
+    """Prompts 1, 3, 4, 6, 7, 8 lost all their responses; dropping prompt 9 too makes B three."""
+    kept = TABLE.group != 9
+    part = ResponseTable(*(getattr(TABLE, field.name)[kept] for field in dataclasses.fields(TABLE)))
+    coefficients = weigh(part, STUDENT[kept], TEACHER[kept]).coefficients
+    assert coefficients.likelihood.tolist() == exactly([1 / 12, 0, 1 / 4, 0, 1 / 12, 1 / 4, 0, 0, 0])
+    assert coefficients.distill.sum() == exactly(2 / 3)
+
+
+@pytest.mark.parametrize("aggregation", list(Aggregation))
+def test_the_order_of_responses_does_not_matter(aggregation):
+    order = np.random.default_rng(3).permutation(len(TABLE))
+    shuffled = ResponseTable(*(getattr(TABLE, field.name)[order] for field in dataclasses.fields(TABLE)))
+    whole = weigh(aggregation=aggregation)
+    part = weigh(shuffled, STUDENT[order], TEACHER[order], aggregation=aggregation)
+    np.testing.assert_allclose(part.weights, whole.weights[order], rtol=1e-14)
+    np.testing.assert_allclose(part.coefficients.likelihood, whole.coefficients.likelihood[order], rtol=1e-14)
+    np.testing.assert_allclose(part.coefficients.distill, whole.coefficients.distill[order], rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("settings", "mixed_group"),
+    [
+        ({"tau": 0.5}, [0.1, 0.9, 0.9, 0.1]),
+        ({"student_exponent": -1.0}, [0.75, 0.75, 0.25, 0.25]),
+        ({"teacher_exponent": 1.0}, [0.25, 0.25, 0.75, 0.75]),
+        ({"student_exponent": 0.0, "teacher_exponent": 0.0}, [0.5] * 4),
+    ],
+)
+def test_tau_and_exponents_come_from_the_config(settings, mixed_group):
+    assert weigh(**settings).weights[:4].tolist() == exactly(mixed_group)
+
+
+def test_the_student_scores_correct_responses_and_the_teacher_incorrect_ones_only():
+    objective = build_objective(ObjectiveConfig())
+    assert objective.student_scored(TABLE).tolist() == TABLE.correct.tolist()
+    assert objective.teacher_scored(TABLE).tolist() == (~TABLE.correct).tolist()
+    assert objective.token_loss is scope_loss
+
+
+def test_a_missing_score_is_an_error_and_never_a_weight():
+    missing = STUDENT.copy()
+    missing[2] = NAN
+    with pytest.raises(ValueError, match=r"student_mean_logprob\[2\] is nan"):
+        weigh(student=missing)
+
+
+# ---- sft
+
+
+def test_sft_is_the_mean_over_all_response_tokens_and_needs_no_score():
+    objective = build_objective(ObjectiveConfig(name=ObjectiveName.SFT))
+    given = table([0, 1, 2], [True] * 3, [2, 5, 3])
+    none = np.full(3, NAN)
+    weighed = objective.weigh(given, none, none)
+    assert weighed.weights.tolist() == [1.0, 1.0, 1.0]
+    assert weighed.coefficients.likelihood.tolist() == exactly([0.1, 0.1, 0.1])
+    assert weighed.coefficients.distill.tolist() == [0.0, 0.0, 0.0]
+    assert not objective.student_scored(given).any() and not objective.teacher_scored(given).any()
+    assert objective.student_scored(given).dtype == bool and objective.student_scored(given).shape == (3,)
+    assert objective.token_loss is likelihood_loss
+
+
+@pytest.mark.parametrize("name", [ObjectiveName.OPD, ObjectiveName.GRPO, ObjectiveName.KD])
+def test_an_objective_that_is_not_there_is_refused(name):
+    with pytest.raises(ConfigError, match=f"objective.name is {name.value}, .*use scope or sft"):
+        build_objective(ObjectiveConfig(name=name))
+
+
+# ---- aggregate
+
+
+def test_aggregate_puts_each_response_on_its_own_path():
+    weights = np.ones(len(TABLE))
+    for aggregation in Aggregation:
+        coefficients = aggregate(weights, TABLE, aggregation)
+        assert ((coefficients.likelihood > 0) == TABLE.correct).all()
+        assert ((coefficients.distill > 0) == ~TABLE.correct).all()
+
+
+# ---- diagnostics
+
+
+def test_path_spread_averages_over_the_sets_of_a_path():
+    weights = np.array(WEIGHTS)
+    entropy_of_a_quarter = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+    correct = path_spread(TABLE, weights, correct=True)  # two sets of {1/4, 3/4}
+    assert correct.entropy == exactly(entropy_of_a_quarter)
+    assert correct.effective_sample_size == exactly(1.6)
+    incorrect = path_spread(TABLE, weights, correct=False)  # {3/4, 1/4}, {1/4, 1/4, 1/2}, {1}
+    assert incorrect.entropy == exactly((entropy_of_a_quarter + 1.5 * math.log(2) + 0.0) / 3)
+    assert incorrect.effective_sample_size == exactly((1.6 + 8 / 3 + 1.0) / 3)
+
+
+def test_path_spread_does_not_depend_on_the_scale_of_the_weights():
+    once, twice = (path_spread(TABLE, factor * np.array(WEIGHTS), correct=False) for factor in (1.0, 2.0))
+    assert dataclasses.astuple(twice) == exactly(dataclasses.astuple(once))
+
+
+def test_path_spread_of_a_weight_that_is_zero_is_finite():
+    spread = path_spread(table([0, 0], [True, True], [1, 1]), np.array([1.0, 0.0]), correct=True)
+    assert (spread.entropy, spread.effective_sample_size) == (0.0, 1.0)
+
+
+def test_path_spread_of_an_empty_path_is_nan():
+    spread = path_spread(table([0, 0], [True, True], [1, 1]), np.array([0.5, 0.5]), correct=False)
+    assert math.isnan(spread.entropy) and math.isnan(spread.effective_sample_size)
+
+
+def test_mean_perplexity_leaves_out_what_was_not_scored():
+    assert mean_perplexity(of_ppl([2, None, 6, None])) == exactly(4.0)
+    assert math.isnan(mean_perplexity(of_ppl([None, None])))
+    assert math.isnan(mean_perplexity(np.zeros(0)))
+
+
+def test_a_group_of_one_counts_as_one_sided():
+    assert one_sided_share(TABLE) == exactly(0.75)
+    assert one_sided_share(table([3, 1, 3, 1], [True, False, False, True], [1] * 4)) == 0.0
+    assert one_sided_share(table([7], [True], [1])) == 1.0
