@@ -16,6 +16,8 @@ Result = TypeVar("Result")
 class FailedOnRankZero(ScopeError):
     """Rank 0 has failed and reports why; this rank only stops with it."""
 
+    on_every_rank = True
+
 
 def on_rank_zero(ranks: Ranks, work: Callable[[], Result]) -> Result:
     """Runs `work` on rank 0 alone and returns its (picklable, small) result on every rank.

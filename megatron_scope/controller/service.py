@@ -50,11 +50,10 @@ class RolloutService:
             request_timeout_s=rollout.request_timeout_s, control_timeout_s=self._config.sync.timeout_s
         )
         key = _api_key(rollout.api_key_env)
-        clients = [
+        self._clients = [
             ServerClient(url, vocab_size=self._vocab_size, api_key=key, options=options) for url in urls
         ]
-        await asyncio.gather(*(client.wait_healthy(rollout.start_timeout_s) for client in clients))
-        self._clients = clients
+        await asyncio.gather(*(client.wait_healthy(rollout.start_timeout_s) for client in self._clients))
 
     async def sample(
         self, requests: Sequence[RolloutRequest], params: SamplingParams, version: int

@@ -20,11 +20,16 @@ SINGLE = "model.safetensors"
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the folder; DataError when it is missing or broken."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{path} is missing; expected a Hugging Face model folder") from None
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # not JSON or not UTF-8
         raise DataError(f"{path} is not valid JSON ({error}); copy the file again") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path} is not a JSON object; copy the file again")
+    return value
 
 
 class HfFolder:
@@ -48,7 +53,10 @@ class HfFolder:
 
     def _read_index(self) -> dict[str, str]:
         if (self.path / INDEX).exists():
-            return read_json(self.path / INDEX)["weight_map"]
+            index = read_json(self.path / INDEX)
+            if not isinstance(index.get("weight_map"), dict):
+                raise DataError(f"{self.path / INDEX} has no weight_map; copy the file again")
+            return index["weight_map"]
         if not (self.path / SINGLE).exists():
             raise DataError(
                 f"{self.path} holds neither {SINGLE} nor {INDEX}; only safetensors weights are read"
@@ -70,7 +78,13 @@ class HfFolder:
         """An object that reads rows and columns of one tensor; DataError when the folder lacks it."""
         if name not in self.file_of:
             raise DataError(f"{self.path} has no tensor {name}, which {self.family.architecture} needs")
-        return self._open(self.file_of[name]).get_slice(name)
+        file = self._open(self.file_of[name])
+        try:
+            return file.get_slice(name)
+        except SafetensorError:
+            raise DataError(
+                f"{self.path / self.file_of[name]} has no tensor {name}, which {INDEX} promises; copy both again"
+            ) from None
 
     def close(self) -> None:
         """Forgets the open files."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_scope.convert.shape import ModelShape
+from megatron_scope.errors import DataError
 
 
 class Layout(Protocol):
@@ -107,6 +108,11 @@ class Vocabulary:
 
     def shard(self, sources: Sequence[Any], shape: ModelShape, rank: int, size: int) -> Tensor:
         (source,) = sources
+        if _length(source, 0) != shape.vocab_rows:
+            raise DataError(
+                f"a vocabulary table has {_length(source, 0)} rows but config.json a vocab_size of "
+                f"{shape.vocab_rows}; config.json and the weights disagree"
+            )
         rows = _part(self.padded_rows, rank, size)
         taken = source[min(rows.start, shape.vocab_rows) : min(rows.stop, shape.vocab_rows)]
         padding = taken.new_zeros((rows.stop - rows.start - taken.shape[0], taken.shape[1]))

@@ -267,7 +267,9 @@ class _DistillStats(torch.autograd.Function):
 
 
 class _TeacherTerms(NamedTuple):
-    """What the two KL gradients need: the teacher's logits [T, L], its statistics and the upstream gradients, [T]."""
+    """What the two KL gradients need: the teacher's logits [T, L], its statistics and the upstream gradients,
+    [T].
+    """
 
     logits: Tensor
     maximum: Tensor

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.helpers.models import save_qwen2
+
+COMMAND = [sys.executable, "-m", "megatron_scope"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tests/integration" in str(item.path):
+            item.add_marker(pytest.mark.integration)
+
+
+SUMS = [(a, b) for a in range(10) for b in range(10)]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory, run: Any) -> dict[str, Path]:
+    """Both learnt single-digit sums modulo 10 by `train` (sft): the teacher well, the student from noisy rows."""
+    root = tmp_path_factory.mktemp("models")
+    save_qwen2(root / "student", seed=1, tie_word_embeddings=False)
+    save_qwen2(root / "teacher", seed=2, num_hidden_layers=3, tie_word_embeddings=False)
+    return {
+        "student": _learnt(run, root, "student", steps=60, noise=0.5),
+        "teacher": _learnt(run, root, "teacher", steps=150, noise=0.0),
+    }
+
+
+def _learnt(run: Any, root: Path, name: str, *, steps: int, noise: float) -> Path:
+    rng = random.Random(name)
+
+    def digit(a: int, b: int) -> int:
+        return rng.randrange(10) if rng.random() < noise else (a + b) % 10
+
+    rows = [
+        {"prompt": f"{a}+{b}=", "response": f"{digit(a, b)}$"}
+        for _ in range(steps)
+        for a, b in rng.sample(SUMS, 64)
+    ]
+    data = root / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "run": {"output_dir": str(root / f"{name}_run"), "steps": steps},
+        "student": {"hf": str(root / name)},
+        "data": {"train": str(data), "prompt_template": "{prompt}", "shuffle": False},
+        "rollout": {"prompts_per_step": 64},
+        "objective": {"name": "sft"},
+        "train": {"precision": "float32"},
+        "optimizer": {"lr": 1e-2, "warmup_steps": 10, "schedule": "cosine"},
+        "checkpoint": {"every": 0},
+    }
+    path = root / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    result = run("train", str(path))
+    assert result.returncode == 0, result.stderr
+    return root / f"{name}_run" / "hf"
+
+
+@pytest.fixture
+def config(models: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
+    """Two steps of SCOPE with the embedded server on single-digit sums."""
+    rows = [
+        {"id": f"{a}{b}", "prompt": f"{a}+{b}=", "answer": str((a + b) % 10), "task": "math"} for a, b in SUMS
+    ]
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "run": {"output_dir": str(tmp_path / "run"), "steps": 2},
+        "student": {"hf": str(models["student"])},
+        "teacher": {"hf": str(models["teacher"])},
+        "data": {"train": str(data), "prompt_template": "{prompt}", "max_prompt_tokens": 16},
+        "rollout": {
+            "engine": "embedded",
+            "prompts_per_step": 6,
+            "samples_per_prompt": 4,
+            "max_new_tokens": 8,
+            "temperature": 1.0,
+        },
+        "train": {"precision": "float32", "micro_batch_tokens": 128},
+        "optimizer": {"lr": 1e-3},
+        "checkpoint": {"every": 0},
+    }
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
+    def to_file(config: dict[str, Any]) -> str:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return str(path)
+
+    return to_file
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a command of the package to its end."""
+
+    def command(*arguments: str, timeout_s: float = 180.0) -> subprocess.CompletedProcess[str]:
+        words = [*COMMAND, *arguments]
+        return subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, env=environment())
+
+    return command
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """Starts a command of the package in a process group of its own."""
+    return subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in row.items() if key not in ("seconds", "tokens_per_second")}
+        for row in rows
+    ]
