@@ -21,9 +21,12 @@ train() {
     fi
 }
 
-# Evaluates a model on the held-out problems, 8 samples each, at a temperature.
+# Evaluates a model on the held-out problems, 8 samples each, at a temperature, unless that was done since it was trained.
 evaluate() {
     local name="$1" model="$2" temperature="$3"
+    if [[ "$RUNS/$name-t$temperature.json" -nt "$model/config.json" ]]; then
+        return
+    fi
     megatron-scope evaluate "$HERE/scope.yaml" "evaluate.temperature=$temperature" --model "$model" \
         --benchmarks "$RUNS/data/heldout.jsonl" --samples 8 --k 1,8 --output "$RUNS/$name-t$temperature.json"
 }

@@ -83,7 +83,8 @@ class HfFolder:
             return file.get_slice(name)
         except SafetensorError:
             raise DataError(
-                f"{self.path / self.file_of[name]} has no tensor {name}, which {INDEX} promises; copy both again"
+                f"{self.path / self.file_of[name]} has no tensor {name}, which {INDEX} promises; "
+                "copy both again"
             ) from None
 
     def close(self) -> None:

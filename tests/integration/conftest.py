@@ -23,18 +23,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.integration)
 
 
-SUMS = [(a, b) for a in range(10) for b in range(10)]
+PAIRS = [(a, b) for a in range(10) for b in range(10)]
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory, run: Any) -> dict[str, Path]:
-    """Both learnt single-digit sums modulo 10 by `train` (sft): the teacher well, the student from noisy rows."""
+    """Both learnt the larger of two digits by `train` (sft): the teacher from good rows, the student from bad."""
     root = tmp_path_factory.mktemp("models")
     save_qwen2(root / "student", seed=1, tie_word_embeddings=False)
     save_qwen2(root / "teacher", seed=2, num_hidden_layers=3, tie_word_embeddings=False)
     return {
         "student": _learnt(run, root, "student", steps=60, noise=0.5),
-        "teacher": _learnt(run, root, "teacher", steps=150, noise=0.0),
+        "teacher": _learnt(run, root, "teacher", steps=200, noise=0.1),
     }
 
 
@@ -42,12 +42,12 @@ def _learnt(run: Any, root: Path, name: str, *, steps: int, noise: float) -> Pat
     rng = random.Random(name)
 
     def digit(a: int, b: int) -> int:
-        return rng.randrange(10) if rng.random() < noise else (a + b) % 10
+        return rng.randrange(10) if rng.random() < noise else max(a, b)
 
     rows = [
-        {"prompt": f"{a}+{b}=", "response": f"{digit(a, b)}$"}
+        {"prompt": f"max {a} {b}=", "response": f"{digit(a, b)}$"}
         for _ in range(steps)
-        for a, b in rng.sample(SUMS, 64)
+        for a, b in rng.sample(PAIRS, 64)
     ]
     data = root / f"{name}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -58,7 +58,7 @@ def _learnt(run: Any, root: Path, name: str, *, steps: int, noise: float) -> Pat
         "rollout": {"prompts_per_step": 64},
         "objective": {"name": "sft"},
         "train": {"precision": "float32"},
-        "optimizer": {"lr": 1e-2, "warmup_steps": 10, "schedule": "cosine"},
+        "optimizer": {"lr": 1e-2, "warmup_steps": 10, "schedule": "cosine", "weight_decay": 0.0},
         "checkpoint": {"every": 0},
     }
     path = root / f"{name}.yaml"
@@ -70,9 +70,10 @@ def _learnt(run: Any, root: Path, name: str, *, steps: int, noise: float) -> Pat
 
 @pytest.fixture
 def config(models: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
-    """Two steps of SCOPE with the embedded server on single-digit sums."""
+    """Two steps of SCOPE with the embedded server on the larger of two digits."""
     rows = [
-        {"id": f"{a}{b}", "prompt": f"{a}+{b}=", "answer": str((a + b) % 10), "task": "math"} for a, b in SUMS
+        {"id": f"{a}{b}", "prompt": f"max {a} {b}=", "answer": str(max(a, b)), "task": "math"}
+        for a, b in PAIRS
     ]
     data = tmp_path / "prompts.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))

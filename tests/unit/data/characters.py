@@ -14,7 +14,7 @@ CHAT_TEMPLATE = (
 
 
 def character_tokenizer(chat_template=None, *, characters=CHARACTERS, bos=False):
-    """Ids: <bos> 0, <eos> 1, <unk> 2, then the characters; with `bos` the tokenizer starts every text with <bos>."""
+    """Ids: <bos> 0, <eos> 1, <unk> 2, then the characters; `bos` puts <bos> before every text."""
     vocabulary = {token: number for number, token in enumerate([*SPECIAL, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")

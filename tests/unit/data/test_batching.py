@@ -1,5 +1,7 @@
 """Replica assignment and packing: every response once, every row where its token is predicted."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -38,12 +40,12 @@ def segments(micro_batch):
     edges = micro_batch.cu_seqlens.tolist()
     return [
         (micro_batch.tokens[start:stop].tolist(), micro_batch.positions[start:stop].tolist())
-        for start, stop in zip(edges[:-1], edges[1:], strict=True)
+        for start, stop in itertools.pairwise(edges)
     ]
 
 
 def predictions(micro_batch):
-    """For every row: (response, what the model reads up to it, the token it must predict, the engine's log-prob)."""
+    """For every row: (response, what the model reads up to it, the token to predict, the engine's log-prob)."""
     edges = micro_batch.cu_seqlens
     found = []
     for row, target, response, logprob in zip(

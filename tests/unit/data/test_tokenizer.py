@@ -86,7 +86,7 @@ def test_the_ids_of_a_chat_prompt_are_a_plain_list(chat):
 
 def test_messages_do_not_fit_a_prompt_template(plain):
     with pytest.raises(
-        DataError, match="prompt is a list of messages, which data.prompt_template cannot take"
+        DataError, match=r"prompt is a list of messages, which data\.prompt_template cannot take"
     ):
         encode_prompt(DataConfig(prompt_template="{prompt}"), plain, [{"role": "user", "content": "a"}])
 
@@ -147,8 +147,8 @@ def test_other_ids_for_the_same_tokens_are_refused():
     with pytest.raises(ConfigError) as raised:
         check_same_tokens(ours, theirs, "models/s", "models/t")
     assert str(raised.value) == (
-        "the tokenizers of models/s and models/t differ in 2 tokens, for example 'a': id 3 and 4; student and teacher "
-        "must share one vocabulary"
+        "the tokenizers of models/s and models/t differ in 2 tokens, for example 'a': id 3 and 4; "
+        "student and teacher must share one vocabulary"
     )
 
 

@@ -1,4 +1,4 @@
-"""The token losses against Eq. 1-3 and 6 of arXiv:2604.10688, with gradients worked out by hand in float64."""
+"""The token losses against Eq. 1-3 and 6 of arXiv:2604.10688, gradients worked out by hand in float64."""
 
 import math
 
@@ -16,7 +16,7 @@ NUM_PROMPTS = 2
 
 
 class Batch:
-    """Random logits of every response token, the sampled tokens, and what the other two policies gave them."""
+    """Random logits of every response token, the sampled tokens, and what the other two policies gave."""
 
     def __init__(self, seed: int = 0) -> None:
         random = np.random.default_rng(seed)
@@ -66,10 +66,8 @@ def equation_six(batch, old):
         for i in prompt:
             for t in np.flatnonzero(batch.response == i):
                 ratio = math.exp(current[t] - old[t])  # Eq. 1
-                if CORRECT[i]:
-                    factor = -ratio  # Eq. 2
-                else:
-                    factor = ratio * (current[t] - batch.teacher[t])  # Eq. 3
+                # Eq. 2 and Eq. 3.
+                factor = -ratio if CORRECT[i] else ratio * (current[t] - batch.teacher[t])
                 value += WEIGHTS[i] * factor / NUM_PROMPTS
                 # The bracket of Eq. 3 is detached, so only the ratio has a gradient: rho times the score.
                 gradient[t] += WEIGHTS[i] * factor * score[t] / NUM_PROMPTS

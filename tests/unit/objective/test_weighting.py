@@ -285,7 +285,7 @@ def test_exponent_zero_is_uniform_whatever_the_logprobs(exponent, tau):
 
 
 def test_float32_logprobs_are_weighted_in_double_precision():
-    """At -1e4 the spacing of float32 is 1e-3, so that float32 arithmetic would lose the differences over tau."""
+    """At -1e4 the spacing of float32 is 1e-3: float32 arithmetic would lose the differences over tau."""
     student = torch.tensor([-1e4, -1e4 + 0.25, -9999.0, -3.0], dtype=torch.float32)
     correct, group = torch.tensor([True] * 3 + [False]), torch.zeros(4, dtype=torch.int64)
     weights = path_weights(correct, group, student, student, tau=0.05)

@@ -1,0 +1,183 @@
+"""Parameters of pipeline stages beside Hugging Face tensors: each once, in both directions."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_scope.convert.hf_folder import SINGLE, HfFolder
+from megatron_scope.convert.layouts import Vocabulary
+from megatron_scope.convert.mapping import check_names, export_stage, load_stage, stage_entries
+from megatron_scope.errors import DataError
+from tests.unit.convert.folders import CONFIG, QWEN, tensors, write_folder
+
+PADDED = 256
+
+
+def stages_of(folder, *sizes, padded=PADDED):
+    """Entries of consecutive stages with that many layers."""
+    start, entries = 0, []
+    for number, size in enumerate(sizes):
+        layers = range(start, start + size)
+        ends = {"first": number == 0, "last": number == len(sizes) - 1}
+        entries.append(stage_entries(folder.family, folder.shape, padded, layers, **ends))
+        start += size
+    return entries
+
+
+def empty_parameters(folder, entries, rank=0, size=1):
+    """Parameters of the right shapes, filled with NaN."""
+    shapes = {
+        e.parameter: e.layout.shard([folder.slice(n) for n in e.hf], folder.shape, rank, size).shape
+        for e in entries
+    }
+    return {name: torch.full(shape, float("nan")) for name, shape in shapes.items()}
+
+
+@pytest.fixture(params=["llama", "qwen", "tied"])
+def config(request):
+    return {"llama": CONFIG, "qwen": QWEN, "tied": {**QWEN, "tie_word_embeddings": True}}[request.param]
+
+
+@pytest.fixture
+def folder(tmp_path, config):
+    return HfFolder(write_folder(tmp_path, config))
+
+
+@pytest.mark.parametrize("sizes", [(3,), (1, 2), (0, 3, 0), (1, 1, 1)])
+def test_stages_hold_every_tensor_of_the_folder_exactly_once(folder, sizes):
+    exported = [name for entries in stages_of(folder, *sizes) for e in entries if not e.copy for name in e.hf]
+    assert sorted(exported) == sorted(folder.file_of)
+
+
+def test_layers_are_counted_from_zero_in_every_stage(folder):
+    _, second = stages_of(folder, 1, 2)
+    names = {e.parameter: e.hf for e in second}
+    assert names["decoder.layers.0.mlp.linear_fc2.weight"] == ("model.layers.1.mlp.down_proj.weight",)
+    assert names["decoder.layers.1.mlp.linear_fc2.weight"] == ("model.layers.2.mlp.down_proj.weight",)
+    assert "decoder.layers.2.mlp.linear_fc2.weight" not in names
+
+
+def test_a_tied_output_table_is_a_copy_only_where_the_embedding_is_not(folder, config):
+    (alone,), (first, last) = stages_of(folder, 3), stages_of(folder, 1, 2)
+    tied = config["tie_word_embeddings"]
+    outputs = {
+        name: [(e.hf, e.copy) for e in entries if e.parameter == "output_layer.weight"]
+        for name, entries in (("alone", alone), ("first", first), ("last", last))
+    }
+    own = [(("lm_head.weight",), False)]
+    copy = [(("model.embed_tokens.weight",), True)]
+    assert outputs == (
+        {"alone": [], "first": [], "last": copy} if tied else {"alone": own, "first": [], "last": own}
+    )
+
+
+@pytest.mark.parametrize("sizes", [(3,), (1, 2)])
+def test_what_is_loaded_is_exported_with_the_same_bits(folder, config, sizes):
+    exported = {}
+    for entries in stages_of(folder, *sizes):
+        parameters = empty_parameters(folder, entries)
+        load_stage(parameters, entries, folder, 0, 1)
+        assert all(value.isfinite().all() for value in parameters.values())
+        exported |= dict(export_stage(entries, parameters.__getitem__, folder.shape, None, 0, 1))
+    expected = tensors(config)
+    assert exported.keys() == expected.keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in expected.items())
+
+
+def test_exported_tensors_do_not_follow_the_parameters(folder):
+    (entries,) = stages_of(folder, 3)
+    parameters = empty_parameters(folder, entries)
+    load_stage(parameters, entries, folder, 0, 1)
+    exported = dict(export_stage(entries, parameters.__getitem__, folder.shape, None, 0, 1))
+    before = {name: tensor.clone() for name, tensor in exported.items()}
+    for value in parameters.values():
+        value.zero_()
+    assert all(
+        tensor.is_contiguous() and torch.equal(tensor, before[name]) for name, tensor in exported.items()
+    )
+
+
+def test_the_parts_of_two_ranks_join_to_the_folder(folder, config):
+    (entries,) = stages_of(folder, 3)
+    ranks = []
+    for rank in range(2):
+        parameters = empty_parameters(folder, entries, rank, 2)
+        load_stage(parameters, entries, folder, rank, 2)
+        ranks.append(parameters)
+    expected = tensors(config)
+    for entry in entries:
+        joined = entry.layout.join([parameters[entry.parameter] for parameters in ranks], folder.shape)
+        for name, tensor in zip(entry.hf, joined, strict=True):
+            assert torch.equal(tensor, expected[name])
+
+
+# ---- refusals
+
+
+def rewrite(tmp_path, weights):
+    save_file(weights, tmp_path / SINGLE)
+    return HfFolder(tmp_path)
+
+
+def test_complete_folders_pass(folder):
+    check_names(folder)
+
+
+def test_a_missing_tensor_is_named(tmp_path, folder, config):
+    weights = tensors(config)
+    del weights["model.layers.1.self_attn.k_proj.weight"]
+    with pytest.raises(
+        DataError, match=r"has no tensor model\.layers\.1\.self_attn\.k_proj\.weight, which .* needs"
+    ):
+        check_names(rewrite(tmp_path, weights))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.3.input_layernorm.weight", "model.layers.0.self_attn.q_norm.weight"]
+)
+def test_a_tensor_that_the_model_would_ignore_is_refused(tmp_path, folder, config, name):
+    with pytest.raises(DataError, match=f"holds {name}, which .*ForCausalLM does not have"):
+        check_names(rewrite(tmp_path, {**tensors(config), name: torch.ones(12)}))
+
+
+def test_stored_frequencies_and_a_tied_table_written_twice_are_accepted(tmp_path, folder, config):
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2),
+        "lm_head.weight": torch.ones(130, 12),
+    }
+    check_names(rewrite(tmp_path, {**extra, **tensors(config)}))
+
+
+def test_a_tensor_of_another_shape_is_refused(tmp_path, folder, config):
+    (entries,) = stages_of(folder, 3)
+    parameters = empty_parameters(folder, entries)
+    weights = {**tensors(config), "model.layers.2.mlp.down_proj.weight": torch.ones(12, 22)}
+    with pytest.raises(DataError) as raised:
+        load_stage(parameters, entries, rewrite(tmp_path, weights), 0, 1)
+    assert str(raised.value) == (
+        f"{tmp_path}: model.layers.2.mlp.down_proj.weight give a shard of shape (12, 22) "
+        "but the model has (12, 20); config.json and the weights disagree"
+    )
+
+
+@pytest.mark.parametrize("rows", [120, 140])
+def test_a_table_of_another_length_is_refused_though_padding_would_hide_it(tmp_path, folder, config, rows):
+    (entries,) = stages_of(folder, 3)
+    parameters = empty_parameters(folder, entries)
+    weights = {**tensors(config), "model.embed_tokens.weight": torch.ones(rows, 12)}
+    with pytest.raises(DataError, match=f"{rows} rows .* config.json and the weights disagree"):
+        load_stage(parameters, entries, rewrite(tmp_path, weights), 0, 1)
+
+
+def test_a_parameter_without_a_rule_is_refused(folder):
+    (entries,) = stages_of(folder, 3)
+    parameters = {**empty_parameters(folder, entries), "decoder.extra": torch.zeros(1)}
+    with pytest.raises(DataError, match=r"no rule for the parameters \['decoder\.extra'\]"):
+        load_stage(parameters, entries, folder, 0, 1)
+
+
+def test_both_tables_have_the_padded_size_of_the_run(folder):
+    entries = [
+        e for stage in stages_of(folder, 1, 2, padded=512) for e in stage if isinstance(e.layout, Vocabulary)
+    ]
+    assert len(entries) == 2 and all(e.layout.padded_rows == 512 for e in entries)
