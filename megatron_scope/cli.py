@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_scope import __version__
+from megatron_scope.environment import place
 from megatron_scope.errors import ConfigError, ScopeError
 
 
@@ -43,7 +44,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _reports(error: ScopeError) -> bool:
     """Of an error that all ranks have, rank 0 alone speaks."""
-    return not error.on_every_rank or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    return not error.on_every_rank or place().rank == 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,10 +93,10 @@ def _train(options: argparse.Namespace) -> int:
     from megatron_scope.config import load_config
     from megatron_scope.config.check import check_config
 
-    launched = "WORLD_SIZE" in os.environ or "SLURM_NTASKS" in os.environ
     if options.nproc < 1:
         raise ConfigError(f"--nproc is {options.nproc}; expected 1 or more")
-    world_size = _world_size() if launched else options.nproc
+    launched = place().launched
+    world_size = place().world_size if launched else options.nproc
     config = load_config(options.config, options.overrides)
     check_config(config, world_size=world_size)
     if not launched and options.nproc > 1:
@@ -112,10 +113,6 @@ def _train(options: argparse.Namespace) -> int:
 
     train(config, resume=options.resume == "auto")
     return 0
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
 
 
 # ---- evaluate

@@ -29,13 +29,6 @@ class StageClock:
         self.seconds[name] = time.perf_counter() - started
 
 
-@dataclasses.dataclass(frozen=True)
-class StepSummary:
-    """A step's row of metrics.jsonl; null stands for a mean over nothing."""
-
-    row: dict[str, Any]
-
-
 def step_metrics(
     *,
     step: int,
@@ -49,8 +42,10 @@ def step_metrics(
     counts: RolloutCounts,
     oldest_version: int,
     seconds: dict[str, float],
-) -> StepSummary:
-    """The row: log-probs and KL in nats, lengths in tokens, times in seconds. Only `seconds` and
+) -> dict[str, Any]:
+    """A step's row of metrics.jsonl; null stands for a mean over nothing.
+
+    Log-probs and KL in nats, lengths in tokens, times in seconds. Only `seconds` and
     tokens_per_second vary by run.
     """
     correct, incorrect = (path_spread(table, weights, correct=kind) for kind in (True, False))
@@ -83,7 +78,7 @@ def step_metrics(
         "seconds": {**seconds, "total": total_s},
         "scoring_hidden_share": 0.0,  # scoring starts when the last response has arrived
     }
-    return StepSummary({key: _plain(value) for key, value in row.items()})
+    return {key: _plain(value) for key, value in row.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 from megatron_scope.config import Config
-from megatron_scope.metrics import StepSummary
 
 
 class Progress:
@@ -48,15 +47,15 @@ class Progress:
             )
         return self
 
-    def show(self, summary: StepSummary) -> None:
+    def show(self, row: dict[str, Any]) -> None:
         """Shows one step."""
         if self._rank != 0:
             return
-        text = describe(summary.row)
+        text = describe(row)
         if self._bar is not None:
             self._bar.update(self._task, advance=1, numbers=text)
         else:
-            print(f"step {summary.row['step']}/{self._config.run.steps}  {text}", flush=True)
+            print(f"step {row['step']}/{self._config.run.steps}  {text}", flush=True)
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,13 +22,13 @@ from megatron_scope.backend.schedule import TokenLogprobs, mean_logprobs, score
 from megatron_scope.backend.setup import Ranks
 from megatron_scope.backend.update import UpdateStats, forward_backward
 from megatron_scope.config import Config, write_config
-from megatron_scope.config.schema import ModelConfig
+from megatron_scope.config.schema import Engine, ModelConfig, ObjectiveName
 from megatron_scope.controller.process import ControllerProcess
 from megatron_scope.controller.rows import ResponseRecord
 from megatron_scope.convert.hf_folder import HfFolder
 from megatron_scope.data.batching import assign_replicas, empty_micro_batch, pack, response_table
 from megatron_scope.errors import ScoringError
-from megatron_scope.metrics import StageClock, StepSummary, step_metrics
+from megatron_scope.metrics import StageClock, step_metrics
 from megatron_scope.objective import build_objective
 from megatron_scope.objective.objectives import WeighedResponses
 from megatron_scope.preflight import check_files, needs_teacher, vocabulary
@@ -79,10 +80,12 @@ class Trainer:
         self.controller: ControllerProcess | None = None
 
     def _prepare_folder(self, resume: bool) -> Path | None:
-        """Finds the checkpoint to go on from; without one, or when told to, starts over."""
-        if not resume:
+        """Finds the checkpoint to go on from; without one, or when told to, starts over beside the earlier
+        run.
+        """
+        latest = checkpoint.find_latest(self.folder.checkpoints) if resume else None
+        if latest is None:
             self.folder.set_aside()
-        latest = checkpoint.find_latest(self.folder.checkpoints)
         self.folder.begin(0 if latest is None else checkpoint.read_state(latest)["step"])
         write_config(self.config, self.folder.resolved_config)
         return latest
@@ -113,8 +116,8 @@ class Trainer:
                     self._save(step)
             save_hf_folder(self.student.stage, self.ranks, self.folder.final)
 
-    def step(self, step: int) -> StepSummary:
-        """One training step; the returned summary holds the metrics on rank 0."""
+    def step(self, step: int) -> dict[str, Any]:
+        """One training step; returns its row of metrics.jsonl."""
         clock = StageClock()
         with clock.stage("rollout"):
             batch = self.roll_out(step)
@@ -128,7 +131,7 @@ class Trainer:
             self.publish(version=step)
         with clock.stage("record"):
             self.record(step, batch, scores, weighed)
-        summary = step_metrics(
+        row = step_metrics(
             step=step,
             stats=stats,
             grad_norm=grad_norm,
@@ -141,8 +144,8 @@ class Trainer:
             oldest_version=batch.oldest_version,
             seconds=clock.seconds,
         )
-        on_rank_zero(self.ranks, lambda: self.folder.append_metrics(summary.row))
-        return summary
+        on_rank_zero(self.ranks, lambda: self.folder.append_metrics(row))
+        return row
 
     # ---- stages
 
@@ -261,11 +264,12 @@ class Trainer:
     @property
     def _publishes(self) -> bool:
         """Only sampling needs new weights; given and replayed responses do not."""
-        return self._records and self.config.rollout.engine != "replay"
+        return self._records and self.config.rollout.engine is not Engine.REPLAY
 
     @property
     def _records(self) -> bool:
-        return self.teacher is not None
+        """Given responses stand in the user's own file already."""
+        return self.config.objective.name is not ObjectiveName.SFT
 
     def _start_controller(self, stack: contextlib.ExitStack) -> None:
         self.controller = ControllerProcess(self.config, self.vocabulary.size, str(self.folder.path))
@@ -276,7 +280,7 @@ class Trainer:
         return every > 0 and (step % every == 0 or step == self.config.run.steps)
 
     def _save(self, step: int) -> None:
-        def run_state() -> dict:
+        def run_state() -> dict[str, Any]:
             assert self.controller is not None
             return {"step": step, "data": self.controller.call("state")}
 

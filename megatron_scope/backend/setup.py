@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_scope.backend import cpu
 from megatron_scope.config.schema import ParallelConfig
+from megatron_scope.environment import place
 
 _TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -58,11 +59,6 @@ class Ranks:
         return self.tensor_rank == 0 and self.is_last_stage
 
 
-def world_size_from_environment() -> int:
-    """Ranks that torchrun, srun or our own launcher started (1 when none did)."""
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
-
-
 def prepare() -> None:
     """Makes the process ready for Megatron-core; call it before anything imports it. Idempotent."""
     # They repeat that optional extensions are absent and that parts of their own code are deprecated.
@@ -77,8 +73,7 @@ def initialize(parallel: ParallelConfig) -> Ranks:
     prepare()
     from megatron.core import parallel_state
 
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-    world_size = world_size_from_environment()
+    rank, world_size = place().rank, place().world_size
     device = _device()
     if not dist.is_initialized():
         dist.init_process_group(
@@ -104,7 +99,7 @@ def _device() -> torch.device:
     if not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))))
+    torch.cuda.set_device(place().local_rank)
     return torch.device("cuda", torch.cuda.current_device())
 
 

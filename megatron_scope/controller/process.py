@@ -66,7 +66,7 @@ class ControllerProcess:
         """Ends the child and what it started."""
         with contextlib.suppress(BrokenPipeError, OSError):  # it may have ended already
             self._connection.send((CLOSE, ()))
-        self._process.join(timeout=30)
+        self._process.join(timeout=10)  # it may be in the middle of a call
         if self._process.is_alive():
             self._process.kill()
             self._process.join()

@@ -102,3 +102,30 @@ def saved_gradients(path: str) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(Path(path))
+
+
+def look_at_the_hosted_process(folder: str) -> dict[str, Any]:
+    """What torch and transformers say in a process that hosts Megatron."""
+    from transformers import AutoModelForCausalLM
+
+    from megatron_scope.backend import cpu
+    from megatron_scope.convert.hf_folder import HfFolder
+    from tests.helpers.models import save_llama
+
+    zeros = torch.zeros
+    cpu.host()
+    with torch.device("meta"):
+        on_meta = torch.arange(3)
+    save_llama(Path(folder) / "llama")
+    model = AutoModelForCausalLM.from_pretrained(Path(folder) / "llama")
+    frequencies = HfFolder(Path(folder) / "llama").shape.inverse_frequencies()
+    return {
+        "zeros on cuda": torch.zeros([], device="cuda").device.type,
+        "type": torch.zeros(1).type(),
+        "type of an integer": torch.zeros(1, dtype=torch.long).type(),
+        "arange on meta": on_meta.device.type,
+        "rotary frequencies of a model read by transformers": torch.equal(
+            model.model.rotary_emb.inv_freq, frequencies
+        ),
+        "hosting twice changes nothing": zeros is torch.zeros,
+    }

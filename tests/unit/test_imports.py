@@ -19,6 +19,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "__init__": (),
     "errors": (),
     "records": ("errors",),
+    "environment": (),
     "config": ("errors",),
     "kernels": ("errors",),  # process groups come in as arguments
     "convert": (*_BASE, "config"),
@@ -28,14 +29,22 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "verify": (*_BASE, "config", "data.jsonl"),
     "objective": (*_BASE, "config", "data.jsonl", "kernels"),
     # A token loss is called with TokenTerms: the shape of the hook, which its two sides must share.
-    "backend": (*_BASE, "config", "data.jsonl", "kernels", "convert", "objective.losses.TokenTerms"),
+    "backend": (
+        *_BASE,
+        "config",
+        "data.jsonl",
+        "kernels",
+        "convert",
+        "environment",
+        "objective.losses.TokenTerms",
+    ),
     "sync": (*_BASE, "config", "data.jsonl", "convert"),
     "evaluate": (*_BASE, "config", "data.jsonl"),
     # What joins stages.
     "controller": (*_BASE, "config", "data", "rollout", "verify"),
     "preflight": (*_BASE, "config", "convert", "data"),
     "metrics": (*_BASE, "config", "backend", "objective"),
-    "progress": (*_BASE, "config", "metrics"),
+    "progress": (*_BASE, "config"),
     "run_folder": (*_BASE, "config", "data.jsonl"),
     "evaluator": (*_BASE, "config", "controller", "convert", "data", "evaluate", "rollout", "verify"),
     "trainer": (
@@ -65,9 +74,10 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "megatron": ("backend", "convert"),
     **dict.fromkeys(_HTTP, ("rollout", "sync")),
     **dict.fromkeys(
-        ("torch", "transformers"), tuple(set(ALLOWED) - {"__init__", "errors", "records", "config"})
+        ("torch", "transformers"),
+        tuple(set(ALLOWED) - {"__init__", "errors", "records", "config", "environment"}),
     ),
-    "numpy": tuple(set(ALLOWED) - {"__init__", "errors", "config"}),
+    "numpy": tuple(set(ALLOWED) - {"__init__", "errors", "config", "environment"}),
 }
 
 

@@ -45,7 +45,7 @@ def segments(micro_batch):
 
 
 def predictions(micro_batch):
-    """For every row: (response, what the model reads up to it, the token to predict, the engine's log-prob)."""
+    """Of every row: (response, what the model reads up to it, token to predict, engine's log-prob)."""
     edges = micro_batch.cu_seqlens
     found = []
     for row, target, response, logprob in zip(

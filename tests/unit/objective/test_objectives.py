@@ -27,7 +27,7 @@ def of_ppl(values):
     return np.array([NAN if value is None else -math.log(value) for value in values])
 
 
-# Four prompts with usable responses: a mixed group, all correct, all incorrect, a group of one. Ids have gaps.
+# A mixed group, all correct, all incorrect, and a group of one; ids have gaps.
 TABLE = table(
     group=[0, 0, 0, 0, 2, 2, 5, 5, 5, 9],
     correct=[True, False, True, False, True, True, False, False, False, False],
