@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_scope import __version__
 from megatron_scope.environment import place
@@ -19,8 +19,8 @@ from megatron_scope.errors import ConfigError, ScopeError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; errors that a user can act on are one line on stderr."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parse(argv)
     try:
+        options = _parse(argv)
         return options.run(options)
     except ScopeError as error:
         if _reports(error):
@@ -28,6 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -48,7 +55,7 @@ def _reports(error: ScopeError) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="megatron-scope",
         description="SCOPE (arXiv:2604.10688) on Megatron-core: on-policy distillation, CPU to cluster.",
     )

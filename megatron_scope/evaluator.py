@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -162,16 +163,17 @@ def _print(config: Config, options: EvaluateOptions, results: Sequence[Benchmark
     table.add_column("benchmark")
     table.add_column("problems", justify="right")
     for name in _columns(options, results[0].summary):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         cells = [
-            f"{100 * e.value:.1f} [{100 * e.low:.1f}, {100 * e.high:.1f}]"
+            f"{100 * e.value:.1f} ({100 * e.low:.1f} to {100 * e.high:.1f})"
             for e in _columns(options, result.summary).values()
         ]
         table.add_row(Path(result.name).stem, str(result.summary.num_problems), *cells)
     if len(results) > 1:
         table.add_row("mean", "", *(f"{100 * value:.1f}" for value in _means(options, results).values()))
-    Console().print(table)
+    # A file or pipe has no width of its own; 80 columns would break the cells.
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def _write_json(

@@ -28,7 +28,7 @@ PAIRS = [(a, b) for a in range(10) for b in range(10)]
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory, run: Any) -> dict[str, Path]:
-    """Both learnt the larger of two digits by `train` (sft), the teacher from good rows, the student from bad."""
+    """Both learnt the larger of two digits by `train` (sft): the teacher well, the student from noise."""
     root = tmp_path_factory.mktemp("models")
     save_qwen2(root / "student", seed=1, tie_word_embeddings=False)
     save_qwen2(root / "teacher", seed=2, num_hidden_layers=3, tie_word_embeddings=False)

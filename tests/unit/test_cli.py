@@ -221,10 +221,15 @@ def test_the_kind_of_error_gives_the_exit_code(run, monkeypatch, error, code):
     assert run("train", "c.yaml") == (code, "", "megatron-scope: x\n")
 
 
-@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
+@pytest.mark.parametrize(
+    "variables",
+    [("RANK", "LOCAL_RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")],
+    ids=["torchrun", "srun"],
+)
 @pytest.mark.parametrize(("rank", "speaks"), [("0", True), ("1", False)])
-def test_of_an_error_that_all_ranks_have_rank_zero_alone_speaks(run, monkeypatch, variable, rank, speaks):
-    monkeypatch.setenv(variable, rank)
+def test_of_an_error_that_all_ranks_have_rank_zero_alone_speaks(run, monkeypatch, variables, rank, speaks):
+    for variable, value in zip(variables, (rank, rank, "2"), strict=True):
+        monkeypatch.setenv(variable, value)
     ending_in(monkeypatch, TrainingError("the loss is nan"))
     assert run("train", "c.yaml") == (1, "", "megatron-scope: the loss is nan\n" if speaks else "")
     ending_in(monkeypatch, CheckpointError("disk full"))

@@ -132,6 +132,8 @@ def test_every_run_that_is_set_aside_has_its_own_number(run):
     assert (run.path / "previous" / "2" / "metrics.jsonl").read_bytes() == second
     run.begin(0)
     assert steps(run) == []
+    run.set_aside()
+    assert sorted(file.name for file in (run.path / "previous").iterdir()) == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize("exists", [True, False])

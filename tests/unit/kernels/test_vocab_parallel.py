@@ -280,6 +280,17 @@ def test_vocab_size_cuts_the_shard_at_a_global_id(vocab_start, vocab_size, num_v
     )
 
 
+@pytest.mark.parametrize("vocab_size", [10, 16])
+def test_a_shard_that_is_all_padding_gets_a_zero_gradient(vocab_size):
+    student, teacher, targets = make(4, 8)
+    grad = gradient(
+        lambda z: distill_stats(z, teacher, targets, vocab_start=16, vocab_size=vocab_size),
+        student,
+        mixed_factors(4),
+    )
+    assert torch.equal(grad, torch.zeros(4, 8, dtype=torch.float64))
+
+
 # ---- infinite logits
 
 

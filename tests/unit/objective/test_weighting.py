@@ -295,6 +295,15 @@ def test_float32_logprobs_are_weighted_in_double_precision():
     assert weights[3] == 1.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_only_the_result_is_rounded_to_the_dtype_of_the_logprobs(dtype):
+    generator = torch.Generator().manual_seed(0)
+    logprobs = (-4 * torch.rand(40, generator=generator)).to(dtype)
+    correct, group = torch.arange(40) % 3 > 0, torch.arange(40) % 4
+    exact = path_weights(correct, group, logprobs.double(), logprobs.double(), tau=0.7)
+    assert torch.equal(path_weights(correct, group, logprobs, logprobs, tau=0.7), exact.to(dtype))
+
+
 @pytest.mark.parametrize(
     ("student", "teacher", "result"),
     [
