@@ -166,7 +166,8 @@ def _prompt_row(source: str, line: int, row: dict[str, Any]) -> dict[str, Any]:
 def _check_prompt(source: str, line: int, row: dict[str, Any]) -> None:
     prompt = row.get("prompt")
     is_chat = isinstance(prompt, list) and all(
-        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in prompt
     )
     if not prompt or not (isinstance(prompt, str) or is_chat):
         raise DataError(

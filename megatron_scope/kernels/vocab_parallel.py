@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 TILE_ELEMENTS = 1 << 20  # temporaries of one tile hold about this many numbers
 
@@ -238,6 +239,7 @@ class _DistillStats(torch.autograd.Function):
         return logprob, teacher_logprob, reverse_kl, forward_kl, entropy
 
     @staticmethod
+    @once_differentiable  # the statistics are constants here, so a second derivative would be wrong
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         student, targets, m_s, lse_s, entropy, *saved = ctx.saved_tensors
         teacher = None

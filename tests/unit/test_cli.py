@@ -13,7 +13,7 @@ from megatron_scope.errors import CheckpointError, ConfigError, DataError, Train
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -68,11 +68,9 @@ def one_line(err):
         (("serve",), "--model"),
     ],
 )
-def test_wrong_use_exits_with_2_and_says_what_is_wrong_on_the_last_line(run, arguments, problem):
+def test_wrong_use_exits_with_2_and_one_line(run, arguments, problem):
     code, out, err = run(*arguments)
-    assert (code, out) == (2, "")
-    last = err.strip().splitlines()[-1]
-    assert last.startswith("megatron-scope") and problem in last
+    assert (code, out) == (2, "") and problem in one_line(err)
 
 
 @pytest.mark.parametrize("command", [(), ("train",), ("evaluate",), ("verify",), ("serve",)])
@@ -141,6 +139,22 @@ def test_ranks_that_do_not_fit_the_layout_are_refused_before_any_starts(run, wri
     text = "run: {output_dir: out}\nparallel: {tensor: 2, pipeline: 2}\n"
     code, _, err = run("train", write(text), "--nproc", 6)
     assert code == 2 and "there are 6 ranks" in one_line(err) and "needs a multiple of 4" in err
+
+
+@pytest.mark.parametrize(
+    ("variables", "ranks"),
+    [
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3"}, 3),
+        ({"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "5", "SLURM_NTASKS": "9"}, 5),
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}, 1),  # a batch script: no ranks
+    ],
+    ids=["torchrun", "srun", "sbatch"],
+)
+def test_the_number_of_ranks_is_what_the_launcher_started(run, write, monkeypatch, variables, ranks):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = run("train", write("run: {output_dir: out}\nparallel: {tensor: 2}\n"))
+    assert code == 2 and f"there are {ranks} ranks" in one_line(err)
 
 
 # ---- options among overrides

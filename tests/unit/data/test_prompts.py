@@ -229,6 +229,9 @@ BAD_ROWS = [
     (row(prompt=3), "prompt is 3; expected text or a list"),
     (row(prompt=["hello"]), "prompt is ['hello']; expected text or a list"),
     (row(prompt=[{"role": "user"}]), "expected text or a list of {role, content} messages"),
+    (row(prompt=[{"role": "user", "content": None}]), "expected text or a list of {role, content} messages"),
+    (row(prompt=[{"role": "user", "content": ["a"]}]), "expected text or a list of {role, content} messages"),
+    (row(prompt=[{"role": None, "content": "a"}]), "expected text or a list of {role, content} messages"),
 ]
 
 

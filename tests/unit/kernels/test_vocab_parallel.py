@@ -168,6 +168,15 @@ def test_teacher_and_student_may_differ_in_dtype():
     check_stats(mixed, reference.distill_stats(student, teacher.bfloat16(), targets), rtol=2e-6, atol=2e-6)
 
 
+def test_a_second_derivative_is_refused_instead_of_being_wrong():
+    student, teacher, targets = make()
+    student.requires_grad_(True)
+    stats = distill_stats(student, teacher, targets)
+    (first,) = torch.autograd.grad(stats.entropy.sum(), student, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        first.square().sum().backward()
+
+
 def test_the_layout_of_the_logits_in_memory_does_not_matter():
     student, teacher, targets = make(dtype=torch.float32)
     transposed = [z.T.contiguous().T for z in (student, teacher)]
