@@ -33,7 +33,7 @@ setup(
     packages=find_packages(include=["megatron_scope", "megatron_scope.*"]),
     python_requires=">=3.11",
     install_requires=[
-        "torch>=2.10,<2.15",
+        "torch>=2.12,<2.15",
         "megatron-core>=0.16,<0.20",
         "transformers>=5.0,<6",
         "tokenizers>=0.22,<1",

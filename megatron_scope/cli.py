@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from megatron_scope import __version__
 from megatron_scope.environment import place
 from megatron_scope.errors import ConfigError, ScopeError
+from megatron_scope.launch import end_with_launcher
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,6 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if _reports(error):
             print(f"megatron-scope: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except (
+        OSError
+    ) as error:  # a full disk, a folder without permission: the path and reason are in the message
+        print(f"megatron-scope: {error}", file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
@@ -104,6 +110,11 @@ def _train(options: argparse.Namespace) -> int:
         raise ConfigError(f"--nproc is {options.nproc}; expected 1 or more")
     launched = place().launched
     world_size = place().world_size if launched else options.nproc
+    if launched and options.nproc not in (1, world_size):
+        raise ConfigError(
+            f"--nproc is {options.nproc} but a launcher started {world_size} ranks; leave --nproc out under "
+            "torchrun or srun"
+        )
     config = load_config(options.config, options.overrides)
     check_config(config, world_size=world_size)
     if not launched and options.nproc > 1:
@@ -113,6 +124,10 @@ def _train(options: argparse.Namespace) -> int:
         check_files(config)
         return run_local_ranks(options.argv, options.nproc)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # servers and children are ended as after Ctrl-C
+    end_with_launcher()
     from megatron_scope.backend import setup
 
     setup.prepare()
@@ -136,7 +151,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument(
         "--samples", type=int, default=32, metavar="N", help="responses for each problem (default 32)"
     )
-    parser.add_argument("--k", default="1,8,32", metavar="1,2,4", help="the k of pass@k (default 1,8,32)")
+    parser.add_argument("--k", metavar="1,2,4", help="the k of pass@k (default 1,8,32, as far as N goes)")
     parser.add_argument("--model", metavar="HF_DIR", help="the model to evaluate (default student.hf)")
     parser.add_argument("--output", metavar="FILE", help="write the results here as JSON")
     parser.add_argument("--responses", metavar="FILE", help="write every response here as JSON lines")

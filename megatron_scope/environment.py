@@ -6,6 +6,8 @@ import dataclasses
 import os
 from collections.abc import Mapping
 
+from megatron_scope.errors import ConfigError
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -18,14 +20,22 @@ class Place:
 
 
 def place(environment: Mapping[str, str] = os.environ) -> Place:
-    """Reads torchrun's variables, else those of an srun step (an allocation or batch script alone starts no
-    ranks).
+    """Reads torchrun's variables, else those of an srun step of several tasks.
+
+    An allocation, a batch script or a step of one task starts no ranks. ConfigError when a variable is
+    missing.
     """
     if "WORLD_SIZE" in environment:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    elif "SLURM_STEP_NUM_TASKS" in environment:
+    elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
     else:
         return Place()
+    missing = [name for name in names if name not in environment]
+    if missing:
+        raise ConfigError(
+            f"{names[-1]} is set but {missing[0]} is not; a launcher sets both: use torchrun or srun, or "
+            f"unset {names[-1]}"
+        )
     rank, local_rank, world_size = (int(environment[name]) for name in names)
     return Place(rank, local_rank, world_size, launched=True)

@@ -25,8 +25,10 @@ from megatron_scope.errors import ConfigError
 from megatron_scope.evaluate.metrics import BenchmarkSummary, Estimate, benchmark_summary
 from megatron_scope.records import JudgedRollout, Prompt, SamplingParams
 from megatron_scope.rollout.client import RolloutRequest, sample_seed
+from megatron_scope.verify.pool import KNOWN_TASKS
 
 VERSION = 0
+DEFAULT_KS = (1, 8, 32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +53,16 @@ class BenchmarkResult:
     judged: tuple[JudgedRollout, ...]
 
 
-def parse_ks(text: str, num_samples: int) -> tuple[int, ...]:
-    """ "1,8" to (1, 8); ConfigError unless each is between 1 and the number of samples."""
+def parse_ks(text: str | None, num_samples: int) -> tuple[int, ...]:
+    """The k of `1,8`, or of DEFAULT_KS those that the samples allow; ConfigError unless 1 <= k <= samples."""
+    if num_samples < 1:
+        raise ConfigError(f"--samples is {num_samples}; expected 1 or more")
+    if text is None:
+        return tuple(k for k in DEFAULT_KS if k <= num_samples)
     try:
         ks = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(f"--k is {text!r}; expected numbers with commas, as in 1,8,32") from None
-    if num_samples < 1:
-        raise ConfigError(f"--samples is {num_samples}; expected 1 or more")
     for k in ks:
         if not 1 <= k <= num_samples:
             raise ConfigError(f"--k holds {k}; expected between 1 and --samples={num_samples}")
@@ -71,7 +75,7 @@ def evaluate(config: Config, options: EvaluateOptions) -> list[BenchmarkResult]:
     folder = HfFolder(model)
     tokenizer = load_tokenizer(model)
     check_template(config.data, tokenizer, model)
-    problems = {name: load_prompts(config.data, tokenizer, name) for name in options.benchmarks}
+    problems = {name: load_prompts(config.data, tokenizer, KNOWN_TASKS, name) for name in options.benchmarks}
     _check_lengths(config, [prompt for prompts in problems.values() for prompt in prompts], folder)
     params = SamplingParams(
         config.evaluate.temperature,
@@ -80,6 +84,9 @@ def evaluate(config: Config, options: EvaluateOptions) -> list[BenchmarkResult]:
         config.evaluate.max_new_tokens,
         stop_token_ids(config.data, model, tokenizer),
     )
+    for path in (options.output, options.responses):
+        if path is not None:  # found out now, not after the last response
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
     results = asyncio.run(_run(config, options, problems, params, folder))
     _print(config, options, results)
     if options.output is not None:
@@ -187,6 +194,8 @@ def _write_json(
         "benchmarks": {
             result.name: {
                 "num_problems": result.summary.num_problems,
+                "num_verify_errors": sum(item.verdict.error is not None for item in result.judged),
+                "num_aborted": sum(item.rollout.finish_reason == "abort" for item in result.judged),
                 **{name: dataclasses.asdict(e) for name, e in _columns(options, result.summary).items()},
                 "num_correct": {
                     prompt.id: int(count)
@@ -197,7 +206,6 @@ def _write_json(
         },
         "mean": _means(options, results),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
@@ -211,5 +219,6 @@ def _response_rows(results: Sequence[BenchmarkResult]):
                 "text": item.rollout.text,
                 "correct": item.verdict.correct,
                 "extracted": item.verdict.extracted,
+                "error": item.verdict.error,
                 "finish_reason": item.rollout.finish_reason,
             }

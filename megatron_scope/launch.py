@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 
-GRACE_S = 20.0  # between asking ranks to stop and killing them
+GRACE_S = 20.0  # between asking ranks to stop and killing them, and for ranks that end by themselves
+LAUNCHER_PID = "MEGATRON_SCOPE_LAUNCHER_PID"
 POLL_S = 0.1
 
 
@@ -32,6 +34,7 @@ def run_local_ranks(arguments: Sequence[str], num_ranks: int) -> int:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
+        LAUNCHER_PID: str(os.getpid()),
     }
     environment.setdefault("OMP_NUM_THREADS", "1")
     ranks: list[subprocess.Popen[bytes]] = []
@@ -76,7 +79,7 @@ def _stopping(ranks: list[subprocess.Popen[bytes]]):
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
         for process in ranks:
             if process.poll() is None:
                 process.terminate()
@@ -87,3 +90,17 @@ def _stopping(ranks: list[subprocess.Popen[bytes]]):
             if process.poll() is None:
                 process.kill()
                 process.wait()
+        signal.signal(signal.SIGTERM, before)
+
+
+def end_with_launcher() -> None:
+    """In a rank of `run_local_ranks`: ends this process soon after its launcher, however that ended."""
+    launcher = int(os.environ.get(LAUNCHER_PID, "0"))
+    if launcher:
+        threading.Thread(target=_watch, args=(launcher,), name="launcher-watcher", daemon=True).start()
+
+
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(1.0)
+    os._exit(1)

@@ -41,6 +41,7 @@ def step_metrics(
     teacher_mean: np.ndarray,
     counts: RolloutCounts,
     oldest_version: int,
+    sampled_now: bool,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """A step's row of metrics.jsonl; null stands for a mean over nothing.
@@ -72,7 +73,7 @@ def step_metrics(
         "logprob_gap_kl": stats.logprob_gap_kl,
         **{f"rollouts_{name}": value for name, value in dataclasses.asdict(counts).items()},
         "weight_version": oldest_version,
-        "staleness": step - 1 - oldest_version,
+        "staleness": step - 1 - oldest_version if sampled_now else None,
         "response_tokens": int(table.num_tokens.sum()),
         "tokens_per_second": float(table.num_tokens.sum() / total_s),
         "seconds": {**seconds, "total": total_s},

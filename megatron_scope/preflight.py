@@ -36,9 +36,15 @@ def vocabulary(config: Config) -> Vocabulary:
     return Vocabulary(min(rows), padded_vocab_size(max(rows), config.parallel.tensor))
 
 
+def max_positions(config: Config) -> int:
+    """The longest sequence, in tokens, that every model of the run has positions for."""
+    models = [config.student, *([config.teacher] if needs_teacher(config) else [])]
+    return min(HfFolder(str(model.hf)).shape.max_positions for model in models)
+
+
 def check_files(config: Config) -> None:
     """ConfigError or DataError for models, tokenizers, layouts and data files that cannot work together."""
-    student = _check_model(config, config.student)
+    _check_model(config, config.student)
     tokenizer = load_tokenizer(str(config.student.hf))
     size = vocabulary(config).size
     if needs_teacher(config):
@@ -47,17 +53,32 @@ def check_files(config: Config) -> None:
         check_same_tokens(tokenizer, teacher_tokenizer, str(config.student.hf), str(config.teacher.hf))
     if len(tokenizer) > size:
         raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens but the smaller model table only {size} rows; use "
-            "models of one family"
+            f"the tokenizer has {len(tokenizer)} tokens but the smaller model table only {size} rows; "
+            "use models of one family"
         )
     replayed = needs_teacher(config) and config.rollout.engine is Engine.REPLAY
-    source = config.rollout.file if replayed else config.data.train
+    key, source = ("rollout.file", config.rollout.file) if replayed else ("data.train", config.data.train)
     if not Path(str(source)).expanduser().exists():
-        key = "rollout.file" if replayed else "data.train"
         raise DataError(f"{key} is {source}, which does not exist; expected a JSON-lines file")
+    _check_outside_run(
+        config, {"student.hf": config.student.hf, "teacher.hf": config.teacher.hf, key: source}
+    )
     if not replayed:
         check_template(config.data, tokenizer, str(config.student.hf))
-        _check_lengths(config, student.shape.max_positions)
+        _check_lengths(config)
+
+
+def _check_outside_run(config: Config, inputs: dict[str, str | None]) -> None:
+    """A run that starts over moves what an earlier one left in its folder; its own inputs must not be
+    there.
+    """
+    folder = Path(str(config.run.output_dir)).expanduser().resolve()
+    for key, value in inputs.items():
+        if value is not None and Path(value).expanduser().resolve().is_relative_to(folder):
+            raise ConfigError(
+                f"{key} is {value}, inside run.output_dir={config.run.output_dir}; write the new run to "
+                "another folder"
+            )
 
 
 def _check_model(config: Config, model: ModelConfig) -> HfFolder:
@@ -69,13 +90,12 @@ def _check_model(config: Config, model: ModelConfig) -> HfFolder:
     return folder
 
 
-def _check_lengths(config: Config, max_positions: int) -> None:
+def _check_lengths(config: Config) -> None:
     if not needs_teacher(config):
         return
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    if longest > max_positions:
+    if longest > max_positions(config):
         raise ConfigError(
-            f"data.max_prompt_tokens + rollout.max_new_tokens is {longest}, but the student has "
-            f"{max_positions} positions; "
-            "lower one of them"
+            f"data.max_prompt_tokens + rollout.max_new_tokens is {longest}, but student and teacher have "
+            f"{max_positions(config)} positions at most; lower one of them"
         )

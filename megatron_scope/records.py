@@ -89,6 +89,14 @@ class Response:
 
 
 @dataclasses.dataclass(frozen=True)
+class SequenceLimits:
+    """What every model of a run can take: token ids below `vocab_size`, `max_positions` tokens in a row."""
+
+    vocab_size: int
+    max_positions: int
+
+
+@dataclasses.dataclass(frozen=True)
 class RolloutCounts:
     """What became of a step's rollouts; `aborted`, `empty` and `dropped_truncated` ones are not learnt
     from.

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from megatron_scope.errors import ConfigError
 
 
 class RunFolder:
@@ -35,9 +41,25 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         kept = [row for row in self.read_metrics() if row["step"] <= step]
         self._replace_metrics(kept)
+        for partial in (*self.weights.glob(".*.partial"), *self.checkpoints.glob(".*.partial")):
+            shutil.rmtree(partial)
         for file in self.rollouts.glob("step_*.jsonl"):
             if int(file.stem.removeprefix("step_")) > step:
                 file.unlink()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps a second trainer out of the folder; ConfigError when one is in it. Ends with the process."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"another trainer is writing to {self.path}; wait for its end, or use another "
+                    "run.output_dir"
+                ) from None
+            yield
 
     def set_aside(self) -> None:
         """Moves an earlier run in this folder to previous/N, so that a new one can start without losing
@@ -56,15 +78,13 @@ class RunFolder:
             item.rename(target / item.name)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The recorded steps; a line cut short by a crash is left out."""
+        """The recorded steps; lines that a crash cut short are left out."""
         if not self.metrics.exists():
             return []
         rows = []
         for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
+            with contextlib.suppress(json.JSONDecodeError):
                 rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
         return rows
 
     def append_metrics(self, row: dict[str, Any]) -> None:

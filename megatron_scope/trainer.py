@@ -31,9 +31,16 @@ from megatron_scope.errors import ScoringError
 from megatron_scope.metrics import StageClock, step_metrics
 from megatron_scope.objective import build_objective
 from megatron_scope.objective.objectives import WeighedResponses
-from megatron_scope.preflight import check_files, needs_teacher, vocabulary
+from megatron_scope.preflight import check_files, max_positions, needs_teacher, vocabulary
 from megatron_scope.progress import Progress
-from megatron_scope.records import MicroBatch, Response, ResponseTable, RolloutCounts, StepBatch
+from megatron_scope.records import (
+    MicroBatch,
+    Response,
+    ResponseTable,
+    RolloutCounts,
+    SequenceLimits,
+    StepBatch,
+)
 from megatron_scope.run_folder import RunFolder
 from megatron_scope.sync.disk import remove_old_versions
 
@@ -69,7 +76,7 @@ class Trainer:
         self.folder = RunFolder(str(config.run.output_dir))
         self.objective = build_objective(config.objective)
         on_rank_zero(ranks, lambda: check_files(config))
-        self.resume_from = on_rank_zero(ranks, lambda: self._prepare_folder(resume))
+        self.resume = resume
         self.vocabulary = vocabulary(config)
         self.student: Trainable = make_trainable(
             self._build(config.student, trainable=True), config.train, config.optimizer
@@ -79,16 +86,28 @@ class Trainer:
         )
         self.controller: ControllerProcess | None = None
 
-    def _prepare_folder(self, resume: bool) -> Path | None:
+    def _prepare_folder(self) -> Path | None:
         """Finds the checkpoint to go on from; without one, or when told to, starts over beside the earlier
         run.
         """
-        latest = checkpoint.find_latest(self.folder.checkpoints) if resume else None
+        latest = checkpoint.find_latest(self.folder.checkpoints) if self.resume else None
         if latest is None:
             self.folder.set_aside()
-        self.folder.begin(0 if latest is None else checkpoint.read_state(latest)["step"])
+            self.folder.begin(0)
+        else:
+            state = checkpoint.read_state(latest)
+            checkpoint.check_same_run(latest, state["run"], self._identity())
+            self.folder.begin(state["step"])
         write_config(self.config, self.folder.resolved_config)
         return latest
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint and the run that goes on from it must share."""
+        return {
+            "student": dataclasses.asdict(self.student.stage.shape),
+            "run.seed": self.config.run.seed,
+            "objective.name": self.config.objective.name.value,
+        }
 
     def _build(self, model: ModelConfig, *, trainable: bool) -> StageModel:
         return build(
@@ -106,7 +125,7 @@ class Trainer:
         """Trains until run.steps and leaves the model in RUN/hf."""
         with contextlib.ExitStack() as stack:
             on_rank_zero(self.ranks, lambda: self._start_controller(stack))
-            first = self._restore() + 1
+            first = self._restore(on_rank_zero(self.ranks, self._prepare_folder)) + 1
             progress = stack.enter_context(Progress(self.config, self.ranks.rank, first))
             if first <= self.config.run.steps:
                 self.publish(version=first - 1)
@@ -142,6 +161,7 @@ class Trainer:
             teacher_mean=scores.teacher_mean,
             counts=batch.counts,
             oldest_version=batch.oldest_version,
+            sampled_now=self._publishes,
             seconds=clock.seconds,
         )
         on_rank_zero(self.ranks, lambda: self.folder.append_metrics(row))
@@ -204,6 +224,7 @@ class Trainer:
             self.student,
             self._padded(self._pack(batch.responses)),
             self.ranks,
+            correct=batch.table.correct,
             coefficients=weighed.coefficients,
             teacher=scores.teacher,
             token_loss=self.objective.token_loss,
@@ -272,7 +293,9 @@ class Trainer:
         return self.config.objective.name is not ObjectiveName.SFT
 
     def _start_controller(self, stack: contextlib.ExitStack) -> None:
-        self.controller = ControllerProcess(self.config, self.vocabulary.size, str(self.folder.path))
+        stack.enter_context(self.folder.locked())
+        limits = SequenceLimits(self.vocabulary.size, max_positions(self.config))
+        self.controller = ControllerProcess(self.config, limits, str(self.folder.path))
         stack.callback(self.controller.close)
 
     def _checkpoint_is_due(self, step: int) -> bool:
@@ -282,7 +305,7 @@ class Trainer:
     def _save(self, step: int) -> None:
         def run_state() -> dict[str, Any]:
             assert self.controller is not None
-            return {"step": step, "data": self.controller.call("state")}
+            return {"step": step, "run": self._identity(), "data": self.controller.call("state")}
 
         checkpoint.save(
             self.folder.checkpoints,
@@ -293,12 +316,12 @@ class Trainer:
             self.config.checkpoint.keep,
         )
 
-    def _restore(self) -> int:
+    def _restore(self, folder: Path | None) -> int:
         """Loads the checkpoint, if any, and returns the number of steps it has behind it."""
-        if self.resume_from is None:
+        if folder is None:
             return 0
-        state = checkpoint.read_state(self.resume_from)
-        checkpoint.load(self.resume_from, self.student)
+        state = checkpoint.read_state(folder)
+        checkpoint.load(folder, self.student)
 
         def restore_data() -> None:
             assert self.controller is not None
@@ -327,7 +350,5 @@ def _or_none(value: float) -> float | None:
 def train(config: Config, *, resume: bool) -> None:
     """Runs the main job on this rank."""
     ranks = setup.initialize(config.parallel)
-    try:
-        Trainer(config, ranks, resume=resume).run()
-    finally:
-        setup.shutdown()
+    Trainer(config, ranks, resume=resume).run()
+    setup.shutdown()  # not after an error: a peer may still be in a collective

@@ -54,6 +54,16 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state["run"]
 
 
+def check_same_run(folder: Path, saved: dict[str, Any], expected: dict[str, Any]) -> None:
+    """CheckpointError when a checkpoint is of a run with another model, seed or objective."""
+    for key, value in expected.items():
+        if saved.get(key) != value:
+            raise CheckpointError(
+                f"{folder} belongs to another run: its {key} is {saved.get(key)}, this run's {value}; use "
+                "another run.output_dir, or --resume never"
+            )
+
+
 def save(
     root: Path, step: int, student: Trainable, ranks: Ranks, run_state: dict[str, Any], keep: int
 ) -> None:
@@ -93,7 +103,10 @@ def load(folder: Path, student: Trainable) -> None:
     try:
         state: Any = dist_checkpointing.load(_sharded_state(student, is_loading=True), str(folder))
     except Exception as error:  # torch and Megatron raise many kinds on a damaged file
-        raise _broken(folder, f"{type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{folder} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]}); its "
+            "files have the sizes they were written with, so look at memory and versions before removing it"
+        ) from error
     student.stage.module.load_state_dict(state["model"])
     student.optimizer.load_state_dict(state["optimizer"])
     for part in student.optimizer.chained_optimizers:

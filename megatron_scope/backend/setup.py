@@ -14,8 +14,11 @@ import torch.distributed as dist
 from megatron_scope.backend import cpu
 from megatron_scope.config.schema import ParallelConfig
 from megatron_scope.environment import place
+from megatron_scope.errors import ConfigError
 
 _TIMEOUT = datetime.timedelta(minutes=30)
+# Host groups wait for a whole rollout, however long; a dead peer shows by its closed connection.
+_HOST_TIMEOUT = datetime.timedelta(days=7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,11 @@ def initialize(parallel: ParallelConfig) -> Ranks:
     from megatron.core import parallel_state
 
     rank, world_size = place().rank, place().world_size
+    if world_size > 1 and "MASTER_ADDR" not in os.environ:
+        raise ConfigError(
+            f"there are {world_size} ranks but MASTER_ADDR is not set; export it and MASTER_PORT: the first "
+            "host of the job and a free port on it"
+        )
     device = _device()
     if not dist.is_initialized():
         dist.init_process_group(
@@ -99,7 +107,8 @@ def _device() -> torch.device:
     if not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         return torch.device("cpu")
-    torch.cuda.set_device(place().local_rank)
+    # A launcher may show each rank one device only.
+    torch.cuda.set_device(place().local_rank % torch.cuda.device_count())
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -137,7 +146,7 @@ def _ranks(parallel_state: Any, rank: int, world_size: int, device: torch.device
 
 
 def _gloo_group(members: list[int]) -> Any:
-    return dist.new_group(members, backend="gloo", timeout=_TIMEOUT)
+    return dist.new_group(members, backend="gloo", timeout=_HOST_TIMEOUT)
 
 
 def shutdown() -> None:

@@ -56,6 +56,7 @@ def forward_backward(
     micro_batches: Sequence[MicroBatch],
     ranks: Ranks,
     *,
+    correct: np.ndarray,
     coefficients: ResponseCoefficients,
     teacher: TokenLogprobs,
     token_loss: Callable[[TokenTerms], Tensor],
@@ -79,7 +80,9 @@ def forward_backward(
                 at_rollout = token_statistics(
                     student.stage, ranks, hidden, micro_batch.targets, rollout_temperature
                 ).logprob
-            data = _token_data(micro_batch, loss, terms, stats.entropy, at_rollout)
+            data = _token_data(
+                micro_batch, correct[micro_batch.response], loss, terms, stats.entropy, at_rollout
+            )
         return loss, data
 
     student.zero_grad()
@@ -106,11 +109,17 @@ def _terms(
 
 
 def _token_data(
-    micro_batch: MicroBatch, loss: Tensor, terms: TokenTerms, entropy: Tensor, at_rollout: Tensor
+    micro_batch: MicroBatch,
+    correct_R: np.ndarray,
+    loss: Tensor,
+    terms: TokenTerms,
+    entropy: Tensor,
+    at_rollout: Tensor,
 ) -> dict[str, Tensor]:
     """Float64 sums of one micro-batch and the largest gap, as scalars on the CPU."""
     logprob = terms.logprob.detach().double()
-    correct, incorrect = terms.likelihood > 0, terms.distill > 0
+    correct = torch.from_numpy(correct_R).to(logprob.device)
+    incorrect = ~correct
     engine = torch.from_numpy(micro_batch.engine_logprobs).to(logprob)
     compared = engine.isfinite()
     gap = torch.where(compared, at_rollout.double() - engine, 0.0)
@@ -127,7 +136,10 @@ def _token_data(
         "compared": compared.sum(),
         "gap_max": gap.abs().max() if len(gap) else gap.sum(),
     }
-    return {name: value.double().cpu() for name, value in values.items()}
+    together = torch.stack(
+        [value.double().to(logprob.device) for value in values.values()]
+    ).cpu()  # one transfer
+    return dict(zip(values, together, strict=True))
 
 
 def _reduce(results: list[dict[str, Tensor]], ranks: Ranks) -> UpdateStats:

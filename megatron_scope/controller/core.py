@@ -13,24 +13,24 @@ from megatron_scope.config.schema import Config, Truncated
 from megatron_scope.controller.rows import ResponseRecord, write_step
 from megatron_scope.controller.sources import Source, open_source
 from megatron_scope.errors import RolloutError
-from megatron_scope.records import JudgedRollout, Response, RolloutCounts, StepBatch
+from megatron_scope.records import JudgedRollout, Response, Rollout, RolloutCounts, SequenceLimits, StepBatch
 
 
 class Controller:
     """Holds a source and the rollouts of the current step."""
 
-    def __init__(self, config: Config, vocab_size: int, run_folder: str) -> None:
+    def __init__(self, config: Config, limits: SequenceLimits, run_folder: str) -> None:
         self._config = config
-        self._vocab_size = vocab_size
+        self._limits = limits
         self._folder = Path(run_folder)
-        self._source: Source = open_source(config, vocab_size, self._folder / "logs")
+        self._source: Source = open_source(config, limits.vocab_size, self._folder / "logs")
         self._judged: list[JudgedRollout] = []
 
     async def produce(self, step: int, version: int) -> StepBatch:
         """Samples (or reads) and judges the responses of a step."""
         self._judged = await self._source.produce(step, version)
         skipped = int(self._source.state()["skipped"])
-        return make_batch(self._judged, self._config.rollout.truncated, self._vocab_size, skipped)
+        return make_batch(self._judged, self._config.rollout.truncated, self._limits, skipped)
 
     async def publish(self, folder: str, version: int) -> None:
         """Hands new weights to the rollout servers."""
@@ -68,10 +68,12 @@ def usable_places(judged: list[JudgedRollout], truncated: Truncated) -> list[int
     ]
 
 
-def make_batch(judged: list[JudgedRollout], truncated: Truncated, vocab_size: int, skipped: int) -> StepBatch:
+def make_batch(
+    judged: list[JudgedRollout], truncated: Truncated, limits: SequenceLimits, skipped: int
+) -> StepBatch:
     """The step's usable responses as arrays, with counts of the rest.
 
-    RolloutError when none is usable or a token id is not below `vocab_size`.
+    RolloutError when none is usable, or one is longer or has another id than the models can take.
     """
     places = usable_places(judged, truncated)
     counts = _counts(judged, truncated, skipped)
@@ -87,20 +89,31 @@ def make_batch(judged: list[JudgedRollout], truncated: Truncated, vocab_size: in
     for index, place in enumerate(places):
         rollout, verdict = judged[place].rollout, judged[place].verdict
         name = f"prompt {rollout.prompt.id}, sample {rollout.sample}"
+        _check_length(rollout, limits, name)
         group = group_of.setdefault(rollout.prompt.id, len(group_of))
         responses.append(
             Response(
                 index=index,
                 group=group,
                 correct=verdict.correct,
-                prompt_ids=_ids(rollout.prompt.token_ids, vocab_size, name),
-                output_ids=_ids(rollout.output_ids, vocab_size, name),
+                prompt_ids=_ids(rollout.prompt.token_ids, limits.vocab_size, name),
+                output_ids=_ids(rollout.output_ids, limits.vocab_size, name),
                 engine_logprobs=np.array(rollout.engine_logprobs, dtype=np.float32),
             )
         )
         names.append(name)
     oldest = min(judged[place].rollout.weight_version for place in places)
     return StepBatch(tuple(responses), tuple(names), counts, oldest)
+
+
+def _check_length(rollout: Rollout, limits: SequenceLimits, name: str) -> None:
+    length = len(rollout.prompt.token_ids) + len(rollout.output_ids)
+    if length > limits.max_positions:
+        raise RolloutError(
+            f"{name} has {length} tokens with its prompt, but student and teacher have "
+            f"{limits.max_positions} "
+            "positions at most; give shorter rows"
+        )
 
 
 def _ids(token_ids: tuple[int, ...], vocab_size: int, name: str) -> np.ndarray:

@@ -7,31 +7,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import multiprocessing
+import os
 import signal
+import threading
 import traceback
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from megatron_scope.config.schema import Config
 from megatron_scope.controller.core import Controller
 from megatron_scope.errors import ScopeError
+from megatron_scope.records import SequenceLimits
 
 CLOSE = "close"
 
 
 class ControllerProcess:
-    """Starts the child at once; a context manager that ends it.
+    """Starts the child at once; `close` ends it.
 
     Errors of the child arrive as the same ScopeError; anything else as a RuntimeError with the child's
     traceback.
     """
 
-    def __init__(self, config: Config, vocab_size: int, run_folder: str) -> None:
+    def __init__(self, config: Config, limits: SequenceLimits, run_folder: str) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         # Not daemonic: a daemon may not have children, and the verifiers are its children.
         self._process = context.Process(
-            target=_serve, args=(theirs, config, vocab_size, run_folder), name="controller", daemon=False
+            target=_serve, args=(theirs, config, limits, run_folder), name="controller", daemon=False
         )
         self._process.start()
         theirs.close()
@@ -48,7 +51,7 @@ class ControllerProcess:
     def _receive(self) -> Any:
         try:
             failed, value = self._connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             raise self._died() from None
         if not failed:
             return value
@@ -72,17 +75,13 @@ class ControllerProcess:
             self._process.join()
         self._connection.close()
 
-    def __enter__(self) -> ControllerProcess:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _serve(connection: Connection, config: Config, vocab_size: int, run_folder: str) -> None:
+def _serve(connection: Connection, config: Config, limits: SequenceLimits, run_folder: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the terminal is rank 0's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, name="parent-watcher", daemon=True).start()
     with asyncio.Runner() as runner:
-        controller = _answer(connection, lambda: Controller(config, vocab_size, run_folder), announce=True)
+        controller = _answer(connection, lambda: Controller(config, limits, run_folder), announce=True)
         if controller is None:
             return
         try:
@@ -110,3 +109,11 @@ def _answer(connection: Connection, work: Any, *, announce: bool = False) -> Any
     with contextlib.suppress(BrokenPipeError, OSError):  # the parent may be gone; the loop sees that next
         connection.send(answer)
     return result
+
+
+def _end_with_parent() -> None:
+    """Also in the middle of a call; servers and verifiers follow, each by a watch of its own."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

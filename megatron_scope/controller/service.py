@@ -91,7 +91,7 @@ class RolloutService:
             await client.close()
         if self._embedded is not None:
             await asyncio.to_thread(self._embedded.stop)
-        self._verifier.__exit__(None, None, None)
+        await asyncio.to_thread(self._verifier.close, drop=True)
 
 
 def _api_key(variable: str | None) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import math
 from pathlib import Path
@@ -16,6 +15,7 @@ from megatron_scope.data.tokenizer import load_tokenizer, stop_token_ids
 from megatron_scope.errors import DataError
 from megatron_scope.records import JudgedRollout, Prompt, Rollout, SamplingParams, Verdict
 from megatron_scope.rollout.client import RolloutRequest, sample_seed
+from megatron_scope.verify.pool import KNOWN_TASKS
 
 
 class Source(Protocol):
@@ -55,7 +55,9 @@ def open_source(config: Config, vocab_size: int, log_folder: Path) -> Source:
     tokenizer = load_tokenizer(folder)
     service = RolloutService(config, vocab_size, log_folder / "embedded_server.log")
     stops = stop_token_ids(config.data, folder, tokenizer)
-    return SampledRollouts(config, prompt_drawer(config.data, tokenizer, config.run.seed), stops, service)
+    return SampledRollouts(
+        config, prompt_drawer(config.data, tokenizer, KNOWN_TASKS, config.run.seed), stops, service
+    )
 
 
 class _Drawn:
@@ -68,7 +70,7 @@ class _Drawn:
         return dataclasses.asdict(self._drawer.cursor)
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._drawer.cursor = Cursor(**state)
+        self._drawer.go_to(Cursor(**state))
 
 
 class SampledRollouts(_Drawn):
@@ -133,7 +135,7 @@ class ReplayedRollouts:
         del state
 
     async def close(self) -> None:
-        await asyncio.sleep(0)
+        pass
 
 
 class GivenResponses(_Drawn):
@@ -165,4 +167,4 @@ class GivenResponses(_Drawn):
         del folder, version
 
     async def close(self) -> None:
-        await asyncio.sleep(0)
+        pass

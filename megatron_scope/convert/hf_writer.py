@@ -68,9 +68,11 @@ def finish_folder(folder: Path, like: Path, dtype: str, file_of: dict[str, str],
         is_weight = source.suffix in _WEIGHT_SUFFIXES or source.name.endswith(".index.json")
         if source.is_file() and not is_weight and source.name != "config.json":
             shutil.copyfile(source, folder / source.name)
+            sync_to_disk(folder / source.name)
     config = json.loads((like / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)
-    _write_json(folder / "config.json", {**config, "dtype": dtype})
+    # Both names of the key: transformers before 5, and servers built on it, read the older one.
+    _write_json(folder / "config.json", {**config, "dtype": dtype, "torch_dtype": dtype})
+    sync_to_disk(folder)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -101,9 +101,7 @@ def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The rotary settings of a config.json: `rope_parameters` (transformers 5) or `rope_theta` +
     `rope_scaling` (before).
     """
-    if "rope_parameters" in config:
-        return dict(config["rope_parameters"] or {})
-    settings = dict(config.get("rope_scaling") or {})
+    settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     if "type" in settings:
         settings.setdefault("rope_type", settings.pop("type"))
     if "rope_theta" in config:

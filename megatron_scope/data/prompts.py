@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -26,9 +27,11 @@ class Example:
 
 @dataclasses.dataclass
 class Cursor:
-    """How far the data have been read; `skipped` counts rows left out so far because their prompt is too
-    long.
+    """How far a file of `num_rows` rows has been read; `skipped` counts rows left out so far because their
+    prompt is too long.
     """
+
+    num_rows: int
 
     epoch: int = 0
     position: int = 0
@@ -49,7 +52,17 @@ class Drawer(Generic[Item]):
         self._config = config
         self._seed = seed
         self._order: tuple[int, np.ndarray] | None = None
-        self.cursor = Cursor()
+        self.cursor = Cursor(num_rows=len(rows))
+
+    def go_to(self, cursor: Cursor) -> None:
+        """Goes on from a cursor of the same file; DataError when the file has another number of rows now."""
+        if cursor.num_rows != len(self._rows):
+            raise DataError(
+                f"{self._source} has {len(self._rows)} rows, but {cursor.num_rows} when the checkpoint "
+                "was written; "
+                "give the same file, or start over with --resume never"
+            )
+        self.cursor = cursor
 
     def draw(self, count: int) -> list[Item]:
         """The next `count` encoded rows; DataError when a whole epoch does not hold that many usable ones."""
@@ -91,9 +104,9 @@ class Drawer(Generic[Item]):
         )
 
 
-def prompt_drawer(config: DataConfig, tokenizer: Any, seed: int) -> Drawer[Prompt]:
-    """Draws prompts from rows {id, prompt, answer, task}; DataError names the line of a row that is not
-    one.
+def prompt_drawer(config: DataConfig, tokenizer: Any, tasks: Sequence[str], seed: int) -> Drawer[Prompt]:
+    """Draws prompts from rows {id, prompt, answer, task}; DataError names the line of a row that is not one
+    or whose task is none of `tasks`.
     """
     source = str(config.train)
 
@@ -101,14 +114,14 @@ def prompt_drawer(config: DataConfig, tokenizer: Any, seed: int) -> Drawer[Promp
         prompt = _encoded(config, tokenizer, row)
         return prompt, len(prompt.token_ids)
 
-    return Drawer(source, _prompt_rows(source), encode, config, seed)
+    return Drawer(source, _prompt_rows(config, source, tasks), encode, config, seed)
 
 
-def load_prompts(config: DataConfig, tokenizer: Any, path: str) -> list[Prompt]:
+def load_prompts(config: DataConfig, tokenizer: Any, tasks: Sequence[str], path: str) -> list[Prompt]:
     """All prompts of a file, in its order; DataError when one is over `data.max_prompt_tokens`: none may be
     left out.
     """
-    prompts = [_encoded(config, tokenizer, row) for row in _prompt_rows(path)]
+    prompts = [_encoded(config, tokenizer, row) for row in _prompt_rows(config, path, tasks)]
     longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
     if len(longest.token_ids) > config.max_prompt_tokens:
         raise DataError(
@@ -127,13 +140,13 @@ def example_drawer(
     source = str(config.train)
     rows = []
     for line, row in read_rows(source):
-        _check_prompt(source, line, row)
+        _check_prompt(config, source, line, row)
         _check_text(source, line, row, "response")
-        rows.append({**row, "id": str(row.get("id", line))})
+        rows.append({**row, "id": str(line if row.get("id") is None else row["id"])})
     _check_rows(source, [row["id"] for row in rows])
 
     def encode(row: dict[str, Any]) -> tuple[Example, int]:
-        ids = tuple(encode_prompt(config, tokenizer, row["prompt"]))
+        ids = _prompt_ids(config, tokenizer, row)
         output = tokenizer(row["response"], add_special_tokens=False).input_ids
         if stop_ids and (not output or output[-1] not in stop_ids):
             output = [*output, stop_ids[0]]
@@ -142,28 +155,40 @@ def example_drawer(
     return Drawer(source, rows, encode, config, seed)
 
 
-def _prompt_rows(source: str) -> list[dict[str, Any]]:
-    rows = [_prompt_row(source, line, row) for line, row in read_rows(source)]
+def _prompt_rows(config: DataConfig, source: str, tasks: Sequence[str]) -> list[dict[str, Any]]:
+    rows = [_prompt_row(config, source, tasks, line, row) for line, row in read_rows(source)]
     _check_rows(source, [row["id"] for row in rows])
     return rows
 
 
 def _encoded(config: DataConfig, tokenizer: Any, row: dict[str, Any]) -> Prompt:
-    return Prompt(
-        row["id"], tuple(encode_prompt(config, tokenizer, row["prompt"])), row["answer"], row["task"]
-    )
+    return Prompt(row["id"], _prompt_ids(config, tokenizer, row), row["answer"], row["task"])
 
 
-def _prompt_row(source: str, line: int, row: dict[str, Any]) -> dict[str, Any]:
-    _check_prompt(source, line, row)
+def _prompt_ids(config: DataConfig, tokenizer: Any, row: dict[str, Any]) -> tuple[int, ...]:
+    ids = tuple(encode_prompt(config, tokenizer, row["prompt"]))
+    if not ids:
+        raise DataError(
+            f"prompt {row['id']} becomes no token at all; the first response token needs one before it: "
+            "mend the prompt or data.prompt_template"
+        )
+    return ids
+
+
+def _prompt_row(
+    config: DataConfig, source: str, tasks: Sequence[str], line: int, row: dict[str, Any]
+) -> dict[str, Any]:
+    _check_prompt(config, source, line, row)
     for key in ("id", "answer"):
         if not isinstance(row.get(key), str | int | float) or isinstance(row.get(key), bool):
             raise DataError(f"{source}:{line}: {key} is {row.get(key)!r}; expected text or a number")
     _check_text(source, line, row, "task")
+    if row["task"] not in tasks:
+        raise DataError(f"{source}:{line}: task is {row['task']!r}; known: {', '.join(tasks)}")
     return {"id": str(row["id"]), "prompt": row["prompt"], "answer": str(row["answer"]), "task": row["task"]}
 
 
-def _check_prompt(source: str, line: int, row: dict[str, Any]) -> None:
+def _check_prompt(config: DataConfig, source: str, line: int, row: dict[str, Any]) -> None:
     prompt = row.get("prompt")
     is_chat = isinstance(prompt, list) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
@@ -172,6 +197,11 @@ def _check_prompt(source: str, line: int, row: dict[str, Any]) -> None:
     if not prompt or not (isinstance(prompt, str) or is_chat):
         raise DataError(
             f"{source}:{line}: prompt is {prompt!r}; expected text or a list of {{role, content}} messages"
+        )
+    if isinstance(prompt, list) and config.prompt_template is not None:
+        raise DataError(
+            f"{source}:{line}: prompt is a list of messages, which data.prompt_template cannot take; "
+            "leave it unset"
         )
 
 

@@ -59,17 +59,24 @@ def encode_prompt(config: DataConfig, tokenizer: Any, prompt: str | list[dict[st
     answer.
     """
     if config.prompt_template is not None:
-        if not isinstance(prompt, str):
-            raise DataError(
-                "prompt is a list of messages, which data.prompt_template cannot take; leave it unset"
-            )
+        assert isinstance(prompt, str)  # checked row by row when the file was read
         return tokenizer(config.prompt_template.replace("{prompt}", prompt)).input_ids
     messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     if config.system_prompt is not None:
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=False, **config.chat_template_kwargs
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **config.chat_template_kwargs,
+        )
+    except Exception as error:  # whatever a template's own code raises
+        raise DataError(
+            f"the chat template does not take the prompt {str(prompt)[:80]!r} ({error}); mend the row, "
+            "data.system_prompt or data.chat_template_kwargs"
+        ) from error
 
 
 def check_template(config: DataConfig, tokenizer: Any, folder: str) -> None:

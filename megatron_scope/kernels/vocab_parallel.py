@@ -1,9 +1,9 @@
 """Distillation statistics of logits whose vocabulary is sharded over a process group: one pass, one
 all-gather.
 
-Letters: T tokens, L columns of this rank's shard, G ranks of the group, z_s / z_t student / teacher logits
-over temperature, p / q their softmax, y target token, m a running maximum, S = sum e^(z - m). Everything in
-nats.
+Letters: T tokens, L columns of this rank's shard, G ranks of the group, z_s / z_t student / teacher logits,
+p / q their softmax over temperature, y target token, m a maximum, S = sum e^((z - m) / temperature).
+Everything in nats.
 
 Per token and rank the forward pass keeps nine numbers (two for the student alone, plus the picked logits),
 all of them *centred* on the local maximum, so that a large offset shared by the logits costs no precision.
@@ -95,10 +95,15 @@ def _row_tiles(num_rows: int, width: int) -> list[slice]:
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
 
 
-def _centred(logits: Tensor, num_valid: int, temperature: float, dtype: torch.dtype) -> Tensor:
-    """A fresh copy of the valid columns in the compute dtype, over temperature."""
-    z = logits[:, :num_valid].to(dtype, copy=True)
-    return z.div_(temperature) if temperature != 1.0 else z
+def _columns(logits: Tensor, num_valid: int, dtype: torch.dtype) -> Tensor:
+    """A fresh copy of the valid columns in the compute dtype."""
+    return logits[:, :num_valid].to(dtype, copy=True)
+
+
+def _centred(logits: Tensor, maximum: Tensor, temperature: float) -> Tensor:
+    """(z - maximum) / temperature in place, in this order: a quotient of large logits would round first."""
+    logits.sub_(_or_zero(maximum))
+    return logits if temperature == 1.0 else logits.div_(temperature)
 
 
 def _local_statistics(
@@ -110,8 +115,9 @@ def _local_statistics(
     temperature: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """[T, 4] (m_s, S_s, E, y_s) or [T, 9] (+ D, m_t, S_t, D_t, y_t) of this rank's shard; y is 0 where not
-    owned.
+    """[T, 4] (m_s, S_s, E, y_s) or [T, 9] (+ D, m_t, S_t, D_t, y_t) of this rank's shard.
+
+    Maxima m and picked logits y (0 where not owned) are raw, the sums those of logits over temperature.
     """
     num_fields = 4 if teacher is None else 9
     stats = student.new_zeros((student.shape[0], num_fields), dtype=dtype)
@@ -124,22 +130,22 @@ def _local_statistics(
     owned = (local >= 0) & (local < num_valid)
     column = local.clamp(0, num_valid - 1).unsqueeze(1)
     for rows in _row_tiles(student.shape[0], num_valid):
-        z_s = _centred(student[rows], num_valid, temperature, dtype)
+        z_s = _columns(student[rows], num_valid, dtype)
         out = stats[rows]
         m_s = z_s.amax(dim=1, keepdim=True)
         out[:, 0] = m_s[:, 0]
         out[:, 3] = torch.where(owned[rows], z_s.gather(1, column[rows])[:, 0], 0.0)
-        u = z_s.sub_(_or_zero(m_s))
+        u = _centred(z_s, m_s, temperature)
         e_s = u.exp()
         out[:, 1] = e_s.sum(dim=1)
         out[:, 2] = _moment(e_s, u)
         if teacher is None:
             continue
-        z_t = _centred(teacher[rows], num_valid, temperature, dtype)
+        z_t = _columns(teacher[rows], num_valid, dtype)
         m_t = z_t.amax(dim=1, keepdim=True)
         out[:, 5] = m_t[:, 0]
         out[:, 8] = torch.where(owned[rows], z_t.gather(1, column[rows])[:, 0], 0.0)
-        v = z_t.sub_(_or_zero(m_t))
+        v = _centred(z_t, m_t, temperature)
         out[:, 4] = _moment(e_s, u - v)
         e_t = v.exp()
         out[:, 6] = e_t.sum(dim=1)
@@ -160,31 +166,30 @@ def _moment(weight: Tensor, value: Tensor) -> Tensor:
     return torch.where(weight == 0, product.new_zeros(()), product).sum(dim=1)
 
 
-def _combine(parts_GTF: Tensor) -> Tensor:
+def _combine(parts_GTF: Tensor, temperature: float = 1.0) -> Tensor:
     """Joins the ranks' statistics in rank order; the same bits on every rank."""
     joined = parts_GTF[0].clone()
     with_teacher = joined.shape[1] == 9
     for part in parts_GTF[1:]:
         m_s = torch.maximum(joined[:, 0], part[:, 0])
         m_t = torch.maximum(joined[:, 5], part[:, 5]) if with_teacher else None
-        left, right = _rebased(joined, m_s, m_t), _rebased(part, m_s, m_t)
-        joined = left + right
+        joined = _rebased(joined, m_s, m_t, temperature) + _rebased(part, m_s, m_t, temperature)
         joined[:, 0] = m_s
         if m_t is not None:
             joined[:, 5] = m_t
     return joined
 
 
-def _rebased(stats: Tensor, m_s: Tensor, m_t: Tensor | None) -> Tensor:
+def _rebased(stats: Tensor, m_s: Tensor, m_t: Tensor | None, temperature: float) -> Tensor:
     """Statistics centred on new maxima; rows of an empty shard (S = 0) stay zero."""
     out = stats.clone()
     empty = stats[:, 1] == 0
-    d_s = torch.where(empty, 0.0, stats[:, 0] - m_s)
+    d_s = torch.where(empty, 0.0, (stats[:, 0] - m_s) / temperature)
     a_s = d_s.exp()
     out[:, 1] = a_s * stats[:, 1]
     out[:, 2] = a_s * (stats[:, 2] + stats[:, 1] * d_s)
     if m_t is not None:
-        d_t = torch.where(stats[:, 6] == 0, 0.0, stats[:, 5] - m_t)
+        d_t = torch.where(stats[:, 6] == 0, 0.0, (stats[:, 5] - m_t) / temperature)
         a_t = d_t.exp()
         out[:, 4] = _scaled(a_s, stats[:, 4] + stats[:, 1] * (d_s - d_t))
         out[:, 6] = a_t * stats[:, 6]
@@ -219,11 +224,11 @@ class _DistillStats(torch.autograd.Function):
         else:
             gathered = local.new_empty((size * local.shape[0], local.shape[1]))
             dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
-            stats = _combine(gathered.view(size, *local.shape))
+            stats = _combine(gathered.view(size, *local.shape), temperature)
         m_s, total_s, moment, y_s = stats[:, 0], stats[:, 1], stats[:, 2], stats[:, 3]
         lse_s = total_s.log()
         entropy = lse_s - moment / total_s
-        logprob = (y_s - m_s) - lse_s
+        logprob = (y_s - m_s) / temperature - lse_s
         ctx.vocab_start, ctx.num_valid = vocab_start, num_valid
         ctx.temperature, ctx.dtype = temperature, dtype
         if teacher is None:
@@ -233,7 +238,7 @@ class _DistillStats(torch.autograd.Function):
         lse_t = total_t.log()
         reverse_kl = stats[:, 4] / total_s - lse_s + lse_t
         forward_kl = stats[:, 7] / total_t - lse_t + lse_s
-        teacher_logprob = (stats[:, 8] - m_t) - lse_t
+        teacher_logprob = (stats[:, 8] - m_t) / temperature - lse_t
         ctx.save_for_backward(student, targets, m_s, lse_s, entropy, teacher, m_t, lse_t, reverse_kl)
         ctx.mark_non_differentiable(teacher_logprob)
         return logprob, teacher_logprob, reverse_kl, forward_kl, entropy
@@ -253,8 +258,8 @@ class _DistillStats(torch.autograd.Function):
         local = targets - ctx.vocab_start
         owned = (local >= 0) & (local < ctx.num_valid)
         for rows in _row_tiles(student.shape[0], ctx.num_valid) if ctx.num_valid else ():
-            u = _centred(student[rows], ctx.num_valid, ctx.temperature, ctx.dtype)
-            u.sub_(m_s[rows].unsqueeze(1)).sub_(lse_s[rows].unsqueeze(1))  # m + ln S in one would round
+            z_s = _columns(student[rows], ctx.num_valid, ctx.dtype)
+            u = _centred(z_s, m_s[rows].unsqueeze(1), ctx.temperature).sub_(lse_s[rows].unsqueeze(1))
             p = u.exp()
             dz = u * -g_entropy[rows].unsqueeze(1)
             dz.add_((-g_logprob[rows] - g_entropy[rows] * entropy[rows]).unsqueeze(1))
@@ -284,8 +289,10 @@ class _TeacherTerms(NamedTuple):
 def _with_teacher(dz: Tensor, u: Tensor, p: Tensor, teacher: _TeacherTerms, rows: slice, ctx: Any) -> Tensor:
     """p (dz + g_R (u - v - RKL) + g_F) - g_F q, from the bracket `dz` of the student alone."""
     g_reverse, g_forward = teacher.g_reverse[rows].unsqueeze(1), teacher.g_forward[rows].unsqueeze(1)
-    v = _centred(teacher.logits[rows], ctx.num_valid, ctx.temperature, ctx.dtype)
-    v.sub_(teacher.maximum[rows].unsqueeze(1)).sub_(teacher.lse[rows].unsqueeze(1))
+    z_t = _columns(teacher.logits[rows], ctx.num_valid, ctx.dtype)
+    v = _centred(z_t, teacher.maximum[rows].unsqueeze(1), ctx.temperature).sub_(
+        teacher.lse[rows].unsqueeze(1)
+    )
     reverse = (u - v).sub_(teacher.reverse_kl[rows].unsqueeze(1)).mul_(g_reverse)
     dz.add_(reverse.masked_fill_(g_reverse == 0, 0.0)).add_(g_forward)  # 0 * inf = 0
     dz.mul_(p).masked_fill_(p == 0, 0.0)

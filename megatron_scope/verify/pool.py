@@ -80,7 +80,11 @@ class VerifierPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        self.close(drop=kind is not None)
+
+    def close(self, *, drop: bool) -> None:
+        """Ends the pool, after the answers under way or, with `drop`, without them."""
+        if not drop:
             wait(self._snapshot())
         self._closed.set()
         if self._watcher is not None:

@@ -109,7 +109,7 @@ def write(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
 def run() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs a command of the package to its end."""
 
-    def command(*arguments: str, timeout_s: float = 180.0) -> subprocess.CompletedProcess[str]:
+    def command(*arguments: str, timeout_s: float = 400.0) -> subprocess.CompletedProcess[str]:
         words = [*COMMAND, *arguments]
         return subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, env=environment())
 

@@ -68,8 +68,7 @@ def test_a_run_leaves_what_the_contract_names_and_no_process(run, write, config,
     rows = [json.loads(line) for line in (folder / "rollouts/step_000002.jsonl").read_text().splitlines()]
     assert len(rows) == 24
     assert {row["weight_version"] for row in rows} == {1}
-    first = [row["weight_version"] for row in metrics(folder)]
-    assert first == [0, 1]
+    assert [(row["weight_version"], row["staleness"]) for row in metrics(folder)] == [(0, 0), (1, 0)]
     # The trainer and the engine agree on the tokens that the engine drew.
     assert all(row["logprob_gap_max"] < 1e-4 for row in metrics(folder))
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -144,6 +143,47 @@ def test_a_run_killed_in_mid_step_goes_on_to_the_same_numbers(run, write, config
     finished = run("train", path)
     assert finished.returncode == 0
     assert "has its 5 steps already" in finished.stdout
+    other = run("train", path, "run.seed=7", "run.steps=6")
+    assert other.returncode == 1
+    assert "belongs to another run: its run.seed is 1234, this run's 7" in one_line(other)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_ranks_end_with_their_launcher_and_nobody_else_writes_to_their_folder(run, write, config):
+    path = write(with_settings(config, run={"steps": 5000}))
+    process = start("train", path, "--nproc", "2")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            break
+    second = run("train", path)
+    assert second.returncode == 2
+    assert "another trainer is writing to" in one_line(second)
+    process.kill()  # the launcher alone, with kill -9
+    process.wait()
+    wait_until(lambda: not processes_naming(path), "ranks outlived their launcher")
+    wait_until(lambda: servers_of(config) == [], "the embedded server outlived its trainer")
+
+
+def test_sigterm_ends_a_run_with_its_server(write, config):
+    path = write(with_settings(config, run={"steps": 5000}))
+    process = start("train", path)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            break
+    process.terminate()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert processes_naming(path) == [] and servers_of(config) == []
+
+
+def processes_naming(path: str) -> list[psutil.Process]:
+    """Processes with this path on their command line."""
+    return [
+        process for process in psutil.process_iter(["cmdline"]) if path in (process.info["cmdline"] or [])
+    ]
 
 
 def wait_until(condition: Any, message: str, timeout_s: float = 30.0) -> None:
@@ -185,7 +225,7 @@ def test_real_prompts_run_and_their_rollouts_can_be_read(run, write, config, tmp
         (["--nproc", "4", "parallel.tensor=4"], "has 2 query groups"),
         (["--nproc", "2", "student.hf=/nowhere"], "/nowhere"),
         (["objective.name=grpo"], "objective.name"),
-        (["rollout.max_new_tokens=1000"], "the student has 256 positions"),
+        (["rollout.max_new_tokens=1000"], "student and teacher have 256 positions at most"),
     ],
 )
 def test_wrong_settings_exit_with_2_before_any_rank_starts(run, write, config, words, message):

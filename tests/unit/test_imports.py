@@ -19,7 +19,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "__init__": (),
     "errors": (),
     "records": ("errors",),
-    "environment": (),
+    "environment": ("errors",),
     "config": ("errors",),
     "kernels": ("errors",),  # process groups come in as arguments
     "convert": (*_BASE, "config"),

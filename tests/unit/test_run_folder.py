@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from megatron_scope.errors import ConfigError
 from megatron_scope.run_folder import RunFolder
 
 
@@ -154,3 +155,12 @@ def test_published_versions_sort_by_name(tmp_path):
     folder = RunFolder(str(tmp_path))
     names = [folder.weights_of(version).name for version in (0, 9, 10, 12345678)]
     assert names == sorted(names) and len(set(names)) == 4
+
+
+def test_a_second_trainer_is_kept_out(tmp_path):
+    with RunFolder(str(tmp_path / "run")).locked():
+        second = RunFolder(str(tmp_path / "run")).locked()
+        with pytest.raises(ConfigError, match="another trainer is writing to"):
+            second.__enter__()
+    with RunFolder(str(tmp_path / "run")).locked():
+        pass

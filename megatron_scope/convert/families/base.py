@@ -40,6 +40,7 @@ class Family:
     rules: Callable[[ModelShape], tuple[Rule, ...]]
 
 
+DEFAULT_ROPE_THETA = 10000.0  # of a config.json without one, as the first Llamas have it
 _LAYER = "decoder.layers.{layer}."
 _HF_LAYER = "model.layers.{layer}."
 
@@ -99,7 +100,7 @@ def read_dense_shape(config: dict[str, Any], source: str, *, qkv_bias: bool) -> 
             vocab_rows=config["vocab_size"],
             max_positions=config["max_position_embeddings"],
             norm_epsilon=config["rms_norm_eps"],
-            rope_theta=float(rope["rope_theta"]),
+            rope_theta=float(rope.get("rope_theta", DEFAULT_ROPE_THETA)),
             rope_scaling=_rope_scaling(rope, source),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=qkv_bias,
@@ -108,6 +109,8 @@ def read_dense_shape(config: dict[str, Any], source: str, *, qkv_bias: bool) -> 
         raise DataError(
             f"{source}: {missing} is missing; expected a complete Hugging Face config.json"
         ) from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise DataError(f"{source}: a size is not a positive number ({error}); copy the file again") from None
 
 
 def _refuse_unsupported(config: dict[str, Any], source: str) -> None:

@@ -59,7 +59,6 @@ def test_settings_that_transformers_has_a_default_for_may_be_missing(key):
         "num_attention_heads",
         "num_hidden_layers",
         "rms_norm_eps",
-        "rope_theta",
         "vocab_size",
     ],
 )

@@ -113,7 +113,8 @@ def test_the_config_says_the_new_dtype_and_is_otherwise_the_old_one(tmp_path, li
     before = (like / "config.json").read_text()
     finish_folder(out, like, "bfloat16", writer.file_of, writer.total_bytes)
     config = json.loads((out / "config.json").read_text())
-    assert config.pop("dtype") == "bfloat16" and config == {**CONFIG, "extra": {"nested": [1]}}
+    assert config.pop("dtype") == config.pop("torch_dtype") == "bfloat16"
+    assert config == {**CONFIG, "extra": {"nested": [1]}}
     assert (like / "config.json").read_text() == before
 
 

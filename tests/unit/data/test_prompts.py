@@ -13,6 +13,7 @@ from megatron_scope.data.prompts import Cursor, Drawer, example_drawer, load_pro
 from megatron_scope.errors import DataError
 from tests.unit.data.characters import CHAT_TEMPLATE, character_tokenizer
 
+TASKS = ("math", "code")
 REPEATABLE = settings(derandomize=True, deadline=None, max_examples=60)
 
 
@@ -41,7 +42,7 @@ def test_without_shuffling_rows_come_in_the_files_order():
 def test_a_rest_that_does_not_fill_a_draw_is_left_out():
     source = drawer(7, shuffle=False)
     assert draws(source, 3, 4) == [[0, 1, 2], [3, 4, 5], [0, 1, 2], [3, 4, 5]]
-    assert source.cursor == Cursor(epoch=1, position=6, skipped=0)
+    assert source.cursor == Cursor(len(source._rows), epoch=1, position=6, skipped=0)
 
 
 def test_draws_of_another_size_go_on_where_the_last_one_ended():
@@ -122,9 +123,9 @@ def test_a_cursor_can_be_set_back_on_the_same_drawer():
 def test_rows_that_are_too_long_are_skipped_and_counted():
     source = drawer(6, shuffle=False, too_long={0, 3})
     assert source.draw(2) == [1, 2]
-    assert source.cursor == Cursor(epoch=0, position=3, skipped=1)
+    assert source.cursor == Cursor(len(source._rows), position=3, skipped=1)
     assert source.draw(2) == [4, 5]
-    assert source.cursor == Cursor(epoch=0, position=6, skipped=2)
+    assert source.cursor == Cursor(len(source._rows), position=6, skipped=2)
     assert source.draw(1) == [1] and source.cursor.skipped == 3
 
 
@@ -156,7 +157,7 @@ def test_fewer_rows_than_a_step_is_an_error_at_once():
         "rows.jsonl holds 3 usable rows, fewer than the rollout.prompts_per_step=4 of one step; "
         "lower it or give more data"
     )
-    assert source.cursor == Cursor()
+    assert source.cursor == Cursor(len(source._rows))
     assert sorted(source.draw(3)) == [0, 1, 2]
 
 
@@ -190,7 +191,9 @@ def without(key):
 
 def test_a_row_becomes_a_prompt_with_the_models_token_ids(write, tokenizer):
     path = write(row(), row(id=7, answer=3.5, task="code", extra=[1]))
-    source = prompt_drawer(DataConfig(train=path, shuffle=False, prompt_template="Q{prompt}A"), tokenizer, 0)
+    source = prompt_drawer(
+        DataConfig(train=path, shuffle=False, prompt_template="Q{prompt}A"), tokenizer, TASKS, 0
+    )
     text, numbers = source.draw(2)
     assert (text.id, text.answer, text.task) == ("a", "2", "math")
     assert tokenizer.decode(text.token_ids) == "Q1+1=A"
@@ -202,10 +205,10 @@ def test_the_seed_and_the_length_limit_reach_the_drawer(write, tokenizer):
     path = write(*(row(id=number, prompt="x" * (number + 1)) for number in range(9)))
     config = DataConfig(train=path, prompt_template="{prompt}", max_prompt_tokens=6)
     first, again, other = (
-        [prompt.id for prompt in prompt_drawer(config, tokenizer, seed).draw(6)] for seed in (3, 3, 4)
+        [prompt.id for prompt in prompt_drawer(config, tokenizer, TASKS, seed).draw(6)] for seed in (3, 3, 4)
     )
     assert first == again != other and sorted(first) == sorted(other) == list("012345")
-    source = prompt_drawer(config, tokenizer, 3)
+    source = prompt_drawer(config, tokenizer, TASKS, 3)
     source.draw(6)
     source.draw(6)
     assert source.cursor.skipped >= 3
@@ -239,7 +242,10 @@ BAD_ROWS = [
 def test_a_bad_prompt_row_is_named_by_file_and_line(write, tokenizer, bad, problem):
     path = write(row(id="first"), "", bad)
     config = DataConfig(train=path, prompt_template="{prompt}")
-    for read in (lambda: prompt_drawer(config, tokenizer, 0), lambda: load_prompts(config, tokenizer, path)):
+    for read in (
+        lambda: prompt_drawer(config, tokenizer, TASKS, 0),
+        lambda: load_prompts(config, tokenizer, TASKS, path),
+    ):
         with pytest.raises(DataError) as raised:
             read()
         assert str(raised.value).startswith(f"{path}:3: ") and problem in str(raised.value)
@@ -249,13 +255,13 @@ def test_a_bad_prompt_row_is_named_by_file_and_line(write, tokenizer, bad, probl
 def test_an_id_that_comes_twice_is_refused(write, tokenizer, second):
     path = write(row(id="b"), row(id="a"), row(id=second))
     with pytest.raises(DataError, match=f"rows.jsonl holds the id '{second}' twice; ids must be unique"):
-        prompt_drawer(DataConfig(train=path, prompt_template="{prompt}"), tokenizer, 0)
+        prompt_drawer(DataConfig(train=path, prompt_template="{prompt}"), tokenizer, TASKS, 0)
 
 
 def test_a_number_and_the_same_number_as_text_are_one_id(write, tokenizer):
     with pytest.raises(DataError, match="holds the id '1' twice"):
         prompt_drawer(
-            DataConfig(train=write(row(id=1), row(id="1")), prompt_template="{prompt}"), tokenizer, 0
+            DataConfig(train=write(row(id=1), row(id="1")), prompt_template="{prompt}"), tokenizer, TASKS, 0
         )
 
 
@@ -264,7 +270,7 @@ def test_a_file_without_rows_is_refused(write, tokenizer, content):
     path = write(*content)
     config = DataConfig(train=path, prompt_template="{prompt}")
     for read in (prompt_drawer, example_drawer):
-        arguments = (config, tokenizer, 0) if read is prompt_drawer else (config, tokenizer, (), 0)
+        arguments = (config, tokenizer, TASKS, 0) if read is prompt_drawer else (config, tokenizer, (), 0)
         with pytest.raises(DataError, match=r"rows\.jsonl is empty; expected JSON lines"):
             read(*arguments)
 
@@ -272,7 +278,7 @@ def test_a_file_without_rows_is_refused(write, tokenizer, content):
 def test_a_file_that_is_not_there_is_refused(tmp_path, tokenizer):
     path = str(tmp_path / "missing.jsonl")
     with pytest.raises(DataError, match=r"missing.jsonl: cannot be read: No such file"):
-        prompt_drawer(DataConfig(train=path, prompt_template="{prompt}"), tokenizer, 0)
+        prompt_drawer(DataConfig(train=path, prompt_template="{prompt}"), tokenizer, TASKS, 0)
 
 
 # ---- load_prompts
@@ -280,16 +286,16 @@ def test_a_file_that_is_not_there_is_refused(tmp_path, tokenizer):
 
 def test_load_prompts_keeps_the_files_order_and_every_row(write, tokenizer):
     path = write(*(row(id=name) for name in "zayb"))
-    prompts = load_prompts(DataConfig(prompt_template="{prompt}"), tokenizer, path)
+    prompts = load_prompts(DataConfig(prompt_template="{prompt}"), tokenizer, TASKS, path)
     assert [prompt.id for prompt in prompts] == list("zayb")
 
 
 def test_load_prompts_leaves_no_prompt_out_but_refuses_one_that_is_too_long(write, tokenizer):
     path = write(row(id="a"), row(id="b", prompt="x" * 10), row(id="c", prompt="y" * 9))
     fits = DataConfig(prompt_template="{prompt}", max_prompt_tokens=10)
-    assert len(load_prompts(fits, tokenizer, path)) == 3
+    assert len(load_prompts(fits, tokenizer, TASKS, path)) == 3
     with pytest.raises(DataError) as raised:
-        load_prompts(dataclasses.replace(fits, max_prompt_tokens=9), tokenizer, path)
+        load_prompts(dataclasses.replace(fits, max_prompt_tokens=9), tokenizer, TASKS, path)
     assert str(raised.value) == f"{path}: prompt b has 10 tokens, over data.max_prompt_tokens=9; raise it"
 
 
@@ -366,3 +372,35 @@ def test_the_ids_of_examples_must_be_unique_too(write, tokenizer):
     given = {"id": "x", "prompt": "q", "response": "a"}
     with pytest.raises(DataError, match="holds the id 'x' twice"):
         examples(write(given, given), tokenizer)
+
+
+def test_a_task_that_nobody_can_judge_is_refused(write, tokenizer):
+    path = write(row(), row(id="b", task="Math"))
+    with pytest.raises(DataError, match=r"rows.jsonl:2: task is 'Math'; known: math, code"):
+        prompt_drawer(DataConfig(train=path, prompt_template="{prompt}"), tokenizer, TASKS, 0)
+
+
+def test_a_list_of_messages_under_a_template_is_refused_by_line(write, tokenizer):
+    path = write(row(prompt=[{"role": "user", "content": "1"}]))
+    with pytest.raises(
+        DataError, match=r"rows.jsonl:1: prompt is a list of messages, which data.prompt_template"
+    ):
+        prompt_drawer(DataConfig(train=path, prompt_template="{prompt}"), tokenizer, TASKS, 0)
+
+
+def test_a_prompt_without_tokens_is_refused(write, tokenizer):
+    class Swallowing:
+        def __call__(self, text):
+            return type("Encoded", (), {"input_ids": []})
+
+    path = write(row(id="a"))
+    source = prompt_drawer(DataConfig(train=path, prompt_template="{prompt}"), Swallowing(), TASKS, 0)
+    with pytest.raises(DataError, match="prompt a becomes no token at all"):
+        source.draw(1)
+
+
+def test_a_cursor_of_another_file_is_refused():
+    source = drawer(6)
+    source.go_to(Cursor(6, epoch=1, position=2))
+    with pytest.raises(DataError, match=r"rows.jsonl has 6 rows, but 9 when the checkpoint was written"):
+        source.go_to(Cursor(9))

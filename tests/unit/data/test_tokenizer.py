@@ -84,13 +84,6 @@ def test_the_ids_of_a_chat_prompt_are_a_plain_list(chat):
     assert isinstance(ids, list) and all(type(token) is int for token in ids)
 
 
-def test_messages_do_not_fit_a_prompt_template(plain):
-    with pytest.raises(
-        DataError, match=r"prompt is a list of messages, which data\.prompt_template cannot take"
-    ):
-        encode_prompt(DataConfig(prompt_template="{prompt}"), plain, [{"role": "user", "content": "a"}])
-
-
 def test_some_template_must_be_at_hand(plain, chat):
     with pytest.raises(ConfigError) as raised:
         check_template(DataConfig(), plain, "models/base")
