@@ -163,7 +163,7 @@ class OptimizerConfig:
     schedule: Schedule = Schedule.CONSTANT
     warmup_steps: int = 0
     min_lr: float = 0.0  # where a cosine or linear schedule ends
-    weight_decay: float = 0.01
+    weight_decay: float = 0.01  # of every parameter, norms and biases too, as AdamW in the paper's code
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8

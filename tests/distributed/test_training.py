@@ -297,6 +297,18 @@ def test_a_group_of_one_in_replayed_rows_has_weight_one(pool, settings, tmp_path
     assert [row["weight"] for row in written] == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    "parallel", [{"tensor": 2, "sequence": True}, {"pipeline": 2}], ids=["tp2-sp", "pp2"]
+)
+def test_a_replica_without_a_response_takes_part_with_nothing(pool, settings, tmp_path, parallel):
+    file = write_rows(tmp_path / "one.jsonl", random_rows(num_prompts=1, num_samples=1, vocab_size=40))
+    settings = changed(settings, rollout={"file": str(file)}, run={"steps": 1})
+    alone = pool(1).run(TRAIN, settings)[0][0]
+    beside = pool(4).run(TRAIN, changed(settings, parallel=parallel))[0][0]
+    assert beside["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert beside["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+
+
 def test_more_steps_than_recorded_are_refused(pool, settings):
     with pytest.raises(DataError, match=r"holds 6 recorded steps; step 7 has none"):
         pool(1).run(TRAIN, changed(settings, run={"steps": 7}))
