@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, a line a step elsewhere. Rank 0 only."""
+"""What a person sees while a run goes on: a line a step, and on a terminal a bar below them. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -38,12 +38,11 @@ class Progress:
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[numbers]}"),
                 console=Console(stderr=True),
             )
             self._bar.start()
             self._task = self._bar.add_task(
-                str(self._config.objective.name), total=steps, completed=self._first_step - 1, numbers=""
+                str(self._config.objective.name), total=steps, completed=self._first_step - 1
             )
         return self
 
@@ -51,11 +50,13 @@ class Progress:
         """Shows one step."""
         if self._rank != 0:
             return
-        text = describe(row)
+        line = f"step {row['step']}/{self._config.run.steps}  {describe(row)}"
         if self._bar is not None:
-            self._bar.update(self._task, advance=1, numbers=text)
+            self._bar.update(self._task, completed=row["step"])
+        if self._bar is not None and sys.stdout.isatty():  # the lines scroll by above the bar
+            self._bar.console.print(line, highlight=False)
         else:
-            print(f"step {row['step']}/{self._config.run.steps}  {text}", flush=True)
+            print(line, flush=True)
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
