@@ -19,9 +19,7 @@ from megatron_scope.config.schema import ParallelConfig
 
 @contextlib.contextmanager
 def layout(parallel: ParallelConfig) -> Iterator[Any]:
-    """Megatron's groups for one layout, in a world that stays."""
-    from megatron.core import parallel_state
-
+    """A world with Megatron's groups for one layout; left afterwards, since each gloo group keeps threads."""
     from megatron_scope.backend import setup
 
     ranks = setup.initialize(parallel)
@@ -29,7 +27,7 @@ def layout(parallel: ParallelConfig) -> Iterator[Any]:
         yield ranks
         dist.barrier(group=ranks.world_group)
     finally:
-        parallel_state.destroy_model_parallel()
+        setup.shutdown()
 
 
 def train(settings: dict[str, Any], resume: bool = False) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ import traceback
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from torch.distributed import TCPStore
+
 AFTER_ERROR_S = 10.0  # within which an error that all ranks have reaches them all
 
 
@@ -19,20 +21,15 @@ class RankPool:
     """
 
     def __init__(self, size: int, timeout_s: float = 240.0) -> None:
-        from torch.distributed import TCPStore
-
         self.size = size
         self.closed = False
         self._timeout_s = timeout_s
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("spawn")
         self._connections: list[Connection] = []
         self._processes = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(theirs, rank, size, self._store.port), daemon=False
-            )
+            process = context.Process(target=_serve, args=(theirs, rank, size), daemon=False)
             process.start()
             theirs.close()
             self._connections.append(ours)
@@ -43,8 +40,10 @@ class RankPool:
 
         When an exception of one rank leaves another in a collective, the pool is closed.
         """
+        # A store of its own for each world: the ranks leave one world and join the next.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for connection in self._connections:
-            connection.send((function, args, kwargs))
+            connection.send((function, args, kwargs, store.port))
         answers: dict[int, Any] = {}
         deadline = time.monotonic() + self._timeout_s
         while len(answers) < self.size and time.monotonic() < deadline:
@@ -75,13 +74,12 @@ class RankPool:
                 process.kill()
 
 
-def _serve(connection: Connection, rank: int, size: int, port: int) -> None:
+def _serve(connection: Connection, rank: int, size: int) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",
         OMP_NUM_THREADS="1",
     )
@@ -90,9 +88,10 @@ def _serve(connection: Connection, rank: int, size: int, port: int) -> None:
     setup.prepare()
     while True:
         try:
-            name, args, kwargs = connection.recv()
+            name, args, kwargs, port = connection.recv()
         except EOFError:
             return
+        os.environ["MASTER_PORT"] = str(port)
         try:
             module, function = name.split(":")
             result = getattr(importlib.import_module(module), function)(*args, **kwargs)
