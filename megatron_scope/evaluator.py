@@ -163,10 +163,7 @@ def _means(options: EvaluateOptions, results: Sequence[BenchmarkResult]) -> dict
 def _print(config: Config, options: EvaluateOptions, results: Sequence[BenchmarkResult]) -> None:
     settings = config.evaluate
     sampling = f"temperature {settings.temperature:g}, top-p {settings.top_p:g}, top-k {settings.top_k}"
-    table = Table(
-        title=f"{config.student.hf}, {options.num_samples} samples a problem at {sampling}",
-        caption="percent, with 95 % bootstrap intervals over problems",
-    )
+    table = Table(caption="percent, with 95 % bootstrap intervals over problems")
     table.add_column("benchmark")
     table.add_column("problems", justify="right")
     for name in _columns(options, results[0].summary):
@@ -180,7 +177,10 @@ def _print(config: Config, options: EvaluateOptions, results: Sequence[Benchmark
     if len(results) > 1:
         table.add_row("mean", "", *(f"{100 * value:.1f}" for value in _means(options, results).values()))
     # A file or pipe has no width of its own; 80 columns would break the cells.
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    # Not the table's title, which would wrap at the table's width.
+    print(f"{config.student.hf}, {options.num_samples} samples a problem at {sampling}")
+    console.print(table)
 
 
 def _write_json(
