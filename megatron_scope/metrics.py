@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_scope.backend.update import UpdateStats
+from megatron_scope.backend.update import StepUpdate
 from megatron_scope.objective.diagnostics import mean_perplexity, one_sided_share, path_spread
 from megatron_scope.records import ResponseTable, RolloutCounts
 
@@ -32,9 +32,7 @@ class StageClock:
 def step_metrics(
     *,
     step: int,
-    stats: UpdateStats,
-    grad_norm: float,
-    lr: float,
+    update: StepUpdate,
     table: ResponseTable,
     weights: np.ndarray,
     student_mean: np.ndarray,
@@ -49,6 +47,8 @@ def step_metrics(
     Log-probs and KL in nats, lengths in tokens, times in seconds. Only `seconds` and
     tokens_per_second vary by run.
     """
+    stats = update.stats
+    grad_norm_correct, grad_norm_incorrect = update.path_grad_norms or (None, None)
     correct, incorrect = (path_spread(table, weights, correct=kind) for kind in (True, False))
     total_s = sum(seconds.values())
     row = {
@@ -56,8 +56,16 @@ def step_metrics(
         "loss": stats.loss,
         "nll_correct": stats.nll_correct,
         "kl_incorrect": stats.kl_incorrect,
-        "grad_norm": grad_norm,
-        "lr": lr,
+        "kl_correct": stats.kl_correct,
+        "kl_reference": stats.kl_reference,
+        "stop_log_ratio": stats.stop_log_ratio,
+        "grad_norm": update.grad_norm,
+        "grad_norm_correct": grad_norm_correct,
+        "grad_norm_incorrect": grad_norm_incorrect,
+        "updates": update.num_updates,
+        "ratio_max": stats.ratio_max,
+        "ratio_clipped": stats.ratio_clipped,
+        "lr": update.lr,
         "accuracy": float(table.correct.mean()),
         "student_ppl_correct": mean_perplexity(student_mean),
         "teacher_ppl_incorrect": mean_perplexity(teacher_mean),

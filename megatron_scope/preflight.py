@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from megatron_scope.config.schema import Config, Engine, ModelConfig, ObjectiveName
+from megatron_scope.config.needs import draws_responses, needs_teacher
+from megatron_scope.config.schema import Config, Engine, ModelConfig
 from megatron_scope.convert.hf_folder import HfFolder
 from megatron_scope.convert.mapping import check_names
 from megatron_scope.convert.shape import check_layout, padded_vocab_size, spread_layers
@@ -21,11 +22,6 @@ class Vocabulary:
 
     size: int
     padded_rows: int
-
-
-def needs_teacher(config: Config) -> bool:
-    """Whether the objective asks a teacher at all."""
-    return config.objective.name is not ObjectiveName.SFT
 
 
 def vocabulary(config: Config) -> Vocabulary:
@@ -56,7 +52,12 @@ def check_files(config: Config) -> None:
             f"the tokenizer has {len(tokenizer)} tokens but the smaller model table only {size} rows; "
             "use models of one family"
         )
-    replayed = needs_teacher(config) and config.rollout.engine is Engine.REPLAY
+    if (config.teacher.stop_token_id or 0) >= size:
+        raise ConfigError(
+            f"teacher.stop_token_id is {config.teacher.stop_token_id}, but student and teacher share only "
+            f"{size} ids; give the id of the teacher's end token"
+        )
+    replayed = draws_responses(config) and config.rollout.engine is Engine.REPLAY
     key, source = ("rollout.file", config.rollout.file) if replayed else ("data.train", config.data.train)
     if not Path(str(source)).expanduser().exists():
         raise DataError(f"{key} is {source}, which does not exist; expected a JSON-lines file")
@@ -91,11 +92,11 @@ def _check_model(config: Config, model: ModelConfig) -> HfFolder:
 
 
 def _check_lengths(config: Config) -> None:
-    if not needs_teacher(config):
+    if not draws_responses(config):
         return
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if longest > max_positions(config):
         raise ConfigError(
-            f"data.max_prompt_tokens + rollout.max_new_tokens is {longest}, but student and teacher have "
+            f"data.max_prompt_tokens + rollout.max_new_tokens is {longest}, but the models have "
             f"{max_positions(config)} positions at most; lower one of them"
         )

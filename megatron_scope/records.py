@@ -73,11 +73,13 @@ class Response:
 
     `index` is its place in the step's canonical order, `group` its prompt's. `prompt_ids` [P] and
     `output_ids` [R] are int64; `engine_logprobs` [R] is float32 and NaN where no engine reported one.
+    `stopped` tells that its last token is a stop token, not the length limit's.
     """
 
     index: int
     group: int
     correct: bool
+    stopped: bool
     prompt_ids: np.ndarray
     output_ids: np.ndarray
     engine_logprobs: np.ndarray
@@ -128,11 +130,13 @@ class StepBatch:
 class ResponseTable:
     """What every rank knows of all N usable responses of a step, in canonical order.
 
-    `group` int64 [N], `correct` bool [N], `num_tokens` int64 [N] (response tokens), `num_input_tokens` int64
+    `group` int64 [N], `update` int64 [N] (which of the step's optimizer updates learns from it, a whole
+    prompt in one), `correct` bool [N], `num_tokens` int64 [N] (response tokens), `num_input_tokens` int64
     [N].
     """
 
     group: np.ndarray
+    update: np.ndarray
     correct: np.ndarray
     num_tokens: np.ndarray
     num_input_tokens: np.ndarray
@@ -147,8 +151,8 @@ class MicroBatch:
 
     `tokens`, `positions` int64 [T]; `cu_seqlens` int32 [S+1] with `cu_seqlens[-1] == T` (tail padding is a
     segment of its own); `rows` int64 [R] indexes the T positions; `targets` int64 [R]; `response` int64 [R]
-    is the canonical index of the response that a row belongs to, whose rows lie together and in order;
-    `engine_logprobs` float32 [R].
+    is the canonical index of the response that a row belongs to, whose rows lie together and in order; `stop`
+    bool [R] marks the stop token that ended a response; `engine_logprobs` float32 [R].
     """
 
     tokens: np.ndarray
@@ -157,18 +161,26 @@ class MicroBatch:
     rows: np.ndarray
     targets: np.ndarray
     response: np.ndarray
+    stop: np.ndarray
     engine_logprobs: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class ResponseCoefficients:
-    """The factor of each response's tokens in the loss, float64 [N]; a response is on one path only, or on
-    none.
+    """The factors of each response's tokens in the loss, float64 [N], 0 where a response has no such term.
 
-    `likelihood` multiplies the likelihood term of a token (correct responses, Eq. 2), `distill` the
-    distillation term (incorrect responses, Eq. 3). All denominators are folded in, so the loss of a step is a
-    plain sum over tokens.
+    `likelihood` multiplies the likelihood term of a token (Eq. 2), `distill` the distillation term (Eq. 3),
+    `advantage` the policy-gradient term and carries its sign, `reference_kl` the KL to the initial student.
+    All denominators are folded in, so the loss of an update is a plain sum over tokens.
     """
 
     likelihood: np.ndarray
     distill: np.ndarray
+    advantage: np.ndarray
+    reference_kl: np.ndarray
+
+    def only(self, chosen: np.ndarray) -> ResponseCoefficients:
+        """The same with 0 for every response that is not `chosen`, bool [N]."""
+        return ResponseCoefficients(
+            *(np.where(chosen, getattr(self, field.name), 0.0) for field in dataclasses.fields(self))
+        )

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,25 @@ from megatron_scope.backend.export import save_gradients, save_hf_folder
 from megatron_scope.backend.learning_rate import learning_rate
 from megatron_scope.backend.model import StageModel, build
 from megatron_scope.backend.optimizer import Trainable, make_trainable
-from megatron_scope.backend.schedule import TokenLogprobs, mean_logprobs, score
 from megatron_scope.backend.setup import Ranks
-from megatron_scope.backend.update import UpdateStats, forward_backward
+from megatron_scope.backend.update import (
+    StepUpdate,
+    UpdateSettings,
+    forward_backward,
+    path_gradient_norms,
+    statistics,
+)
 from megatron_scope.config import Config, write_config
-from megatron_scope.config.schema import Engine, ModelConfig, ObjectiveName
+from megatron_scope.config.needs import draws_responses, needs_reference, needs_teacher
+from megatron_scope.config.schema import Engine, ModelConfig
 from megatron_scope.controller.process import ControllerProcess
 from megatron_scope.controller.rows import ResponseRecord
 from megatron_scope.convert.hf_folder import HfFolder
 from megatron_scope.data.batching import assign_replicas, empty_micro_batch, pack, response_table
-from megatron_scope.errors import ScoringError
 from megatron_scope.metrics import StageClock, step_metrics
 from megatron_scope.objective import build_objective
 from megatron_scope.objective.objectives import WeighedResponses
-from megatron_scope.preflight import check_files, max_positions, needs_teacher, vocabulary
+from megatron_scope.preflight import check_files, max_positions, vocabulary
 from megatron_scope.progress import Progress
 from megatron_scope.records import (
     MicroBatch,
@@ -42,6 +48,7 @@ from megatron_scope.records import (
     StepBatch,
 )
 from megatron_scope.run_folder import RunFolder
+from megatron_scope.scoring import Scorer, Scores
 from megatron_scope.sync.disk import remove_old_versions
 
 
@@ -54,17 +61,6 @@ class LocalBatch:
     counts: RolloutCounts
     oldest_version: int
     names: tuple[str, ...] | None  # on rank 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """Mean log-probs of all responses (float64 [N], NaN where not scored) and this replica's teacher
-    log-probs per token.
-    """
-
-    student_mean: np.ndarray
-    teacher_mean: np.ndarray
-    teacher: TokenLogprobs
 
 
 class Trainer:
@@ -81,8 +77,24 @@ class Trainer:
         self.student: Trainable = make_trainable(
             self._build(config.student, trainable=True), config.train, config.optimizer
         )
-        self.teacher: StageModel | None = (
-            self._build(config.teacher, trainable=False) if needs_teacher(config) else None
+        self.row_multiple = config.parallel.tensor if config.parallel.sequence else 1
+        self.pack = functools.partial(
+            pack, micro_batch_tokens=config.train.micro_batch_tokens, multiple_of=self.row_multiple
+        )
+        self.scorer = Scorer(
+            config,
+            ranks,
+            self.objective,
+            self.pack,
+            self.student.stage,
+            teacher=self._build(config.teacher, trainable=False) if needs_teacher(config) else None,
+            reference=self._build(config.student, trainable=False) if needs_reference(config) else None,
+        )
+        self.update_settings = UpdateSettings(
+            self.objective.token_loss,
+            student_temperature=config.objective.student_temperature,
+            rollout_temperature=config.rollout.temperature,
+            ratio_clip=math.inf if config.objective.ratio_clip is None else config.objective.ratio_clip,
         )
         self.controller: ControllerProcess | None = None
 
@@ -124,6 +136,7 @@ class Trainer:
     def run(self) -> None:
         """Trains until run.steps and leaves the model in RUN/hf."""
         with contextlib.ExitStack() as stack:
+            stack.callback(self.student.release)
             on_rank_zero(self.ranks, lambda: self._start_controller(stack))
             first = self._restore(on_rank_zero(self.ranks, self._prepare_folder)) + 1
             progress = stack.enter_context(Progress(self.config, self.ranks.rank, first))
@@ -145,16 +158,14 @@ class Trainer:
         with clock.stage("weigh"):
             weighed = self.objective.weigh(batch.table, scores.student_mean, scores.teacher_mean)
         with clock.stage("update"):
-            stats, grad_norm, lr = self.update(step, batch, scores, weighed)
+            update = self.update(step, batch, scores, weighed)
         with clock.stage("publish"):
             self.publish(version=step)
         with clock.stage("record"):
             self.record(step, batch, scores, weighed)
         row = step_metrics(
             step=step,
-            stats=stats,
-            grad_norm=grad_norm,
-            lr=lr,
+            update=update,
             table=batch.table,
             weights=weighed.weights,
             student_mean=scores.student_mean,
@@ -175,7 +186,8 @@ class Trainer:
         def produce() -> tuple[ResponseTable, RolloutCounts, int]:
             assert self.controller is not None
             batches.append(self.controller.call("produce", step, step - 1))
-            return response_table(batches[0].responses), batches[0].counts, batches[0].oldest_version
+            table = response_table(batches[0].responses, self.config.train.updates_per_batch)
+            return table, batches[0].counts, batches[0].oldest_version
 
         batches: list[StepBatch] = []
         table, counts, oldest_version = on_rank_zero(self.ranks, produce)
@@ -192,50 +204,34 @@ class Trainer:
 
     def score(self, batch: LocalBatch) -> Scores:
         """Student log-probs of the correct responses and teacher log-probs of the incorrect ones only (Eq. 4,
-        5).
+        5); other objectives ask for others.
         """
-        settings = self.config.objective
-        student_mask = self.objective.student_scored(batch.table)
-        student = self._score(self.student.stage, batch, student_mask, settings.student_temperature)
-        student_mean = mean_logprobs(student, len(batch.table), self.ranks)
-        _check_scores("student", student_mean, student_mask, batch)
-        teacher, teacher_mask = TokenLogprobs({}), self.objective.teacher_scored(batch.table)
-        if self.teacher is not None:
-            teacher = self._score(self.teacher, batch, teacher_mask, settings.teacher_temperature)
-        teacher_mean = mean_logprobs(teacher, len(batch.table), self.ranks)
-        _check_scores("teacher", teacher_mean, teacher_mask, batch)
-        return Scores(student_mean, teacher_mean, teacher)
+        return self.scorer.score(batch.responses, batch.table, batch.names)
 
-    def _score(
-        self, stage: StageModel, batch: LocalBatch, mask: np.ndarray, temperature: float
-    ) -> TokenLogprobs:
-        chosen = [response for response in batch.responses if mask[response.index]]
-        return score(stage, self._pack(chosen), self.ranks, temperature)
-
-    def update(
-        self, step: int, batch: LocalBatch, scores: Scores, weighed: WeighedResponses
-    ) -> tuple[UpdateStats, float, float]:
-        """One optimizer step on all responses (Eq. 6); returns its statistics, gradient norm and learning
-        rate.
-        """
-        config = self.config
+    def update(self, step: int, batch: LocalBatch, scores: Scores, weighed: WeighedResponses) -> StepUpdate:
+        """The step's optimizer updates (Eq. 6), one unless train.updates_per_batch says more."""
+        config, table = self.config, batch.table
         dump = config.run.dump_gradients if step == 1 else None
-        stats = forward_backward(
-            self.student,
-            self._padded(self._pack(batch.responses)),
-            self.ranks,
-            correct=batch.table.correct,
-            coefficients=weighed.coefficients,
-            teacher=scores.teacher,
-            token_loss=self.objective.token_loss,
-            student_temperature=config.objective.student_temperature,
-            rollout_temperature=config.rollout.temperature,
-            whole_gradients=dump is not None,
-        )
-        if dump is not None:
-            save_gradients(self.student, self.ranks, Path(dump).expanduser())
+        every = config.train.path_gradients_every
         lr = learning_rate(config.optimizer, step - 1, config.run.steps)
-        return stats, self.student.step(lr), lr
+        inputs: dict[str, Any] = {
+            "correct": table.correct,
+            "coefficients": weighed.coefficients,
+            "known": scores.known,
+        }
+        totals, norms, path_norms = [], [], None
+        for number in range(int(table.update.max()) + 1):
+            chosen = [response for response in batch.responses if table.update[response.index] == number]
+            work = (self.student, self._padded(self.pack(chosen)), self.ranks, self.update_settings)
+            is_first = number == 0
+            if is_first and every and step % every == 0:
+                path_norms = path_gradient_norms(*work, **inputs)
+            dumps = is_first and dump is not None
+            totals.append(forward_backward(*work, **inputs, is_first=is_first, whole_gradients=dumps))
+            if is_first and dump is not None:
+                save_gradients(self.student, self.ranks, Path(dump).expanduser())
+            norms.append(self.student.step(lr))
+        return StepUpdate(statistics(totals), len(norms), float(np.mean(norms)), path_norms, lr)
 
     def publish(self, version: int) -> None:
         """Hands the current weights to the rollout servers, under the number of updates that made them."""
@@ -270,17 +266,10 @@ class Trainer:
 
     # ---- helpers
 
-    def _pack(self, responses: Sequence[Response]) -> list[MicroBatch]:
-        return pack(responses, self.config.train.micro_batch_tokens, self._row_multiple)
-
     def _padded(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         """The same number on every replica, as Megatron's schedules and collectives expect."""
         missing = largest(self.ranks, len(micro_batches)) - len(micro_batches)
-        return micro_batches + [empty_micro_batch(self._row_multiple)] * missing
-
-    @property
-    def _row_multiple(self) -> int:
-        return self.ranks.tensor_size if self.config.parallel.sequence else 1
+        return micro_batches + [empty_micro_batch(self.row_multiple)] * missing
 
     @property
     def _publishes(self) -> bool:
@@ -290,7 +279,7 @@ class Trainer:
     @property
     def _records(self) -> bool:
         """Given responses stand in the user's own file already."""
-        return self.config.objective.name is not ObjectiveName.SFT
+        return draws_responses(self.config)
 
     def _start_controller(self, stack: contextlib.ExitStack) -> None:
         stack.enter_context(self.folder.locked())
@@ -329,18 +318,6 @@ class Trainer:
 
         on_rank_zero(self.ranks, restore_data)
         return state["step"]
-
-
-def _check_scores(model: str, mean: np.ndarray, mask: np.ndarray, batch: LocalBatch) -> None:
-    """ScoringError, on every rank, for a response whose scores are not finite."""
-    bad = np.flatnonzero(mask & ~np.isfinite(mean))
-    if len(bad):
-        name = batch.names[bad[0]] if batch.names else f"response {bad[0]}"
-        raise ScoringError(
-            f"the {model}'s log-probs are not finite for {len(bad)} responses, the first of them {name}; "
-            "no score is made up for "
-            f"them. Check the {model}'s weights (inf or NaN?) and train.precision"
-        )
 
 
 def _or_none(value: float) -> float | None:

@@ -36,6 +36,11 @@ class Trainable:
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
 
+    def gradient_norm(self) -> float:
+        """The norm of the gradient over all ranks, before clipping."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
     def step(self, lr: float) -> float:
         """Clips, updates the parameters at this learning rate and returns the gradient's norm before
         clipping.
@@ -43,8 +48,7 @@ class Trainable:
         Raises TrainingError, on every rank, when the norm is not finite; parameters and optimizer are then as
         before.
         """
-        self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
+        norm = self.gradient_norm()
         if not math.isfinite(norm):
             raise TrainingError(
                 f"the gradient's norm is {norm}; the optimizer was not touched. Lower optimizer.lr or "
@@ -65,6 +69,15 @@ class Trainable:
         """
         value: Any = self.stage.module.get_parameter(parameter)
         return value.main_grad
+
+    def release(self) -> None:
+        """Ends training for good, so that model, buffers and process groups can be freed.
+
+        The wrapper's hooks in autograd, which Python's collector cannot see, make cycles of them: through the
+        wrapper itself, and through the config to the optimizer, whose float32 shards are views of parameters.
+        """
+        self.wrapped.grad_accs.clear()
+        self.stage.config.grad_scale_func = None
 
 
 def make_trainable(stage: StageModel, train: TrainConfig, optimizer: OptimizerConfig) -> Trainable:

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_scope.backend.optimizer import Trainable
-from megatron_scope.backend.schedule import TokenLogprobs, run, token_statistics
+from megatron_scope.backend.schedule import run, token_statistics
+from megatron_scope.backend.scoring import KnownLogprobs, TokenLogprobs
 from megatron_scope.backend.setup import Ranks
 from megatron_scope.errors import TrainingError
 from megatron_scope.objective.losses import TokenTerms
@@ -19,70 +20,110 @@ from megatron_scope.records import MicroBatch, ResponseCoefficients
 
 
 @dataclasses.dataclass(frozen=True)
-class UpdateStats:
-    """Sums over all response tokens of an update, the same on every rank (nats).
+class UpdateSettings:
+    """What stays the same over a run: the loss, the temperatures, and how far a ratio may go unclipped."""
 
-    `nll_correct` and `kl_incorrect` (the k1 estimate log pi_theta - log pi_T) are means per token of their
-    path, NaN without one. The log-prob gap is trainer minus engine at rollout temperature: mean and maximum
-    of its absolute value, and the k3 estimate of KL(engine || trainer); NaN where the rollouts carry no
-    engine log-probs.
+    token_loss: Callable[[TokenTerms], Tensor]
+    student_temperature: float
+    rollout_temperature: float
+    ratio_clip: float
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateStats:
+    """Means over the response tokens of a step's updates, the same on every rank (nats; NaN over nothing).
+
+    `loss` is the mean of the updates'. `nll_correct` is over the correct path. `kl_correct` and
+    `kl_incorrect` are the k1 estimate log pi_theta - log pi_T over a path's tokens that the teacher scored,
+    and `stop_log_ratio` the same over their stop tokens. `kl_reference` is the k3 estimate of KL(student ||
+    initial student). The ratio is pi_theta / pi_old: its largest value and the share beyond the clip. The
+    log-prob gap is trainer minus engine at rollout temperature, in the first update, whose weights made the
+    responses: mean and maximum of its absolute value, and the k3 estimate of KL(engine || trainer).
     """
 
     loss: float
     nll_correct: float
+    kl_correct: float
     kl_incorrect: float
+    stop_log_ratio: float
+    kl_reference: float
     entropy: float
+    ratio_max: float
+    ratio_clipped: float
     logprob_gap_mean: float
     logprob_gap_max: float
     logprob_gap_kl: float
 
 
-_SUMS: tuple[str, ...] = (
-    "loss",
-    "nll",
-    "correct",
-    "kl",
-    "incorrect",
-    "entropy",
-    "tokens",
-    "gap",
-    "gap_kl",
-    "compared",
+@dataclasses.dataclass(frozen=True)
+class StepUpdate:
+    """What a step's updates did.
+
+    `grad_norm` is the mean of their norms before clipping; `path_grad_norms` are those of the correct and the
+    incorrect responses' parts of the first update, None where not measured.
+    """
+
+    stats: UpdateStats
+    num_updates: int
+    grad_norm: float
+    path_grad_norms: tuple[float, float] | None
+    lr: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """Sums and maxima over tokens, float64, by name; a mean `x` is a sum `x` over a sum `x_count`."""
+
+    sums: dict[str, float]
+    maxima: dict[str, float]
+
+
+MEANS = (
+    *("nll_correct", "kl_correct", "kl_incorrect", "stop_log_ratio", "kl_reference", "entropy"),
+    *("ratio_clipped", "logprob_gap_mean", "logprob_gap_kl"),
 )
+MAXIMA = ("ratio_max", "logprob_gap_max")
+SUMS = ("loss", *MEANS, *(f"{name}_count" for name in MEANS))
 
 
 def forward_backward(
     student: Trainable,
     micro_batches: Sequence[MicroBatch],
     ranks: Ranks,
+    settings: UpdateSettings,
     *,
     correct: np.ndarray,
     coefficients: ResponseCoefficients,
-    teacher: TokenLogprobs,
-    token_loss: Callable[[TokenTerms], Tensor],
-    student_temperature: float,
-    rollout_temperature: float,
+    known: KnownLogprobs,
+    is_first: bool = True,
     whole_gradients: bool = False,
-) -> UpdateStats:
+) -> Totals:
     """Accumulates the gradient of the summed token loss in main_grad, reduced over replicas.
 
-    Raises TrainingError, on every rank, when the loss is not finite. `whole_gradients` leaves the full sum on
-    every replica.
+    `is_first` tells that no update has been made since the responses were drawn. `whole_gradients` leaves the
+    full sum on every replica. Raises TrainingError, on every rank, when the loss is not finite.
     """
 
     def hook(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        stats = token_statistics(student.stage, ranks, hidden, micro_batch.targets, student_temperature)
-        terms = _terms(micro_batch, stats.logprob, coefficients, teacher)
-        loss = token_loss(terms)
+        stats = token_statistics(
+            student.stage, ranks, hidden, micro_batch.targets, settings.student_temperature
+        )
+        terms = _terms(micro_batch, stats.logprob, coefficients, known)
+        loss = settings.token_loss(terms)
         with torch.no_grad():
             at_rollout = stats.logprob
-            if rollout_temperature != student_temperature:
+            if is_first and settings.rollout_temperature != settings.student_temperature:
                 at_rollout = token_statistics(
-                    student.stage, ranks, hidden, micro_batch.targets, rollout_temperature
+                    student.stage, ranks, hidden, micro_batch.targets, settings.rollout_temperature
                 ).logprob
-            data = _token_data(
-                micro_batch, correct[micro_batch.response], loss, terms, stats.entropy, at_rollout
-            )
+            data = {
+                "loss": loss.detach().double(),
+                **_path_means(micro_batch, terms, correct[micro_batch.response], known.teacher),
+                **_policy_means(micro_batch, terms, stats.entropy, known, settings.ratio_clip),
+                **_engine_gap(micro_batch, at_rollout, is_first),
+            }
+            together = torch.stack([data[name].double().to(loss.device) for name in (*SUMS, *MAXIMA)])
+            data = dict(zip((*SUMS, *MAXIMA), together.cpu(), strict=True))  # one transfer
         return loss, data
 
     student.zero_grad()
@@ -93,79 +134,128 @@ def forward_backward(
     return _reduce(results, ranks)
 
 
+def path_gradient_norms(
+    student: Trainable,
+    micro_batches: Sequence[MicroBatch],
+    ranks: Ranks,
+    settings: UpdateSettings,
+    *,
+    correct: np.ndarray,
+    coefficients: ResponseCoefficients,
+    known: KnownLogprobs,
+) -> tuple[float, float]:
+    """The norm of the gradient that correct responses give alone, and incorrect ones; one pass for each."""
+    norms = []
+    for path in (correct, ~correct):
+        forward_backward(
+            student,
+            micro_batches,
+            ranks,
+            settings,
+            correct=correct,
+            coefficients=coefficients.only(path),
+            known=known,
+        )
+        norms.append(student.gradient_norm())
+    return norms[0], norms[1]
+
+
 def _terms(
-    micro_batch: MicroBatch, logprob: Tensor, coefficients: ResponseCoefficients, teacher: TokenLogprobs
+    micro_batch: MicroBatch, logprob: Tensor, coefficients: ResponseCoefficients, known: KnownLogprobs
 ) -> TokenTerms:
     def rows(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(device=logprob.device, dtype=logprob.dtype)
 
+    def of_response(values: np.ndarray) -> Tensor:
+        return rows(values[micro_batch.response])
+
     return TokenTerms(
         logprob=logprob,
-        old_logprob=None,
-        teacher_logprob=rows(teacher.rows(micro_batch)),
-        likelihood=rows(coefficients.likelihood[micro_batch.response]),
-        distill=rows(coefficients.distill[micro_batch.response]),
+        old_logprob=None if known.old is None else rows(known.old.rows(micro_batch)),
+        teacher_logprob=rows(known.teacher.rows(micro_batch)),
+        reference_logprob=rows(known.reference.rows(micro_batch)),
+        likelihood=of_response(coefficients.likelihood),
+        distill=of_response(coefficients.distill),
+        advantage=of_response(coefficients.advantage),
+        reference_kl=of_response(coefficients.reference_kl),
     )
 
 
-def _token_data(
-    micro_batch: MicroBatch,
-    correct_R: np.ndarray,
-    loss: Tensor,
-    terms: TokenTerms,
-    entropy: Tensor,
-    at_rollout: Tensor,
+def _mean(name: str, values: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+    """The two sums of a mean of `values` [R] over the `chosen` rows, bool [R]."""
+    return {name: torch.where(chosen, values, 0.0).sum(), f"{name}_count": chosen.sum()}
+
+
+def _path_means(
+    micro_batch: MicroBatch, terms: TokenTerms, correct_R: np.ndarray, teacher: TokenLogprobs
 ) -> dict[str, Tensor]:
-    """Float64 sums of one micro-batch and the largest gap, as scalars on the CPU."""
     logprob = terms.logprob.detach().double()
-    correct = torch.from_numpy(correct_R).to(logprob.device)
-    incorrect = ~correct
-    engine = torch.from_numpy(micro_batch.engine_logprobs).to(logprob)
-    compared = engine.isfinite()
-    gap = torch.where(compared, at_rollout.double() - engine, 0.0)
-    values = {
-        "loss": loss.detach().double(),
-        "nll": -logprob[correct].sum(),
-        "correct": correct.sum(),
-        "kl": (logprob - terms.teacher_logprob)[incorrect].sum(),
-        "incorrect": incorrect.sum(),
-        "entropy": entropy.double().sum(),
-        "tokens": torch.tensor(len(logprob)),
-        "gap": gap.abs().sum(),
-        "gap_kl": (gap.exp() - 1 - gap).sum(),
-        "compared": compared.sum(),
-        "gap_max": gap.abs().max() if len(gap) else gap.sum(),
+    correct, stop, scored = (
+        torch.from_numpy(rows).to(logprob.device)
+        for rows in (correct_R, micro_batch.stop, teacher.has(micro_batch))
+    )
+    log_ratio = logprob - terms.teacher_logprob
+    return {
+        **_mean("nll_correct", -logprob, correct),
+        **_mean("kl_correct", log_ratio, scored & correct),
+        **_mean("kl_incorrect", log_ratio, scored & ~correct),
+        **_mean("stop_log_ratio", log_ratio, scored & stop),
     }
-    together = torch.stack(
-        [value.double().to(logprob.device) for value in values.values()]
-    ).cpu()  # one transfer
-    return dict(zip(values, together, strict=True))
 
 
-def _reduce(results: list[dict[str, Tensor]], ranks: Ranks) -> UpdateStats:
-    sums = torch.zeros(len(_SUMS), dtype=torch.float64)
-    highest = torch.zeros(1, dtype=torch.float64)
+def _policy_means(
+    micro_batch: MicroBatch, terms: TokenTerms, entropy: Tensor, known: KnownLogprobs, clip: float
+) -> dict[str, Tensor]:
+    logprob = terms.logprob.detach().double()
+    every = torch.ones_like(logprob, dtype=torch.bool)
+    referred = torch.from_numpy(known.reference.has(micro_batch)).to(logprob.device)
+    to_reference = terms.reference_logprob - logprob
+    ratio = (logprob - (logprob if terms.old_logprob is None else terms.old_logprob)).exp()
+    return {
+        **_mean("kl_reference", to_reference.exp() - 1 - to_reference, referred),
+        **_mean("entropy", entropy.double(), every),
+        **_mean("ratio_clipped", ((ratio - 1).abs() > clip).double(), every),
+        "ratio_max": ratio.max() if len(ratio) else ratio.sum(),
+    }
+
+
+def _engine_gap(micro_batch: MicroBatch, at_rollout: Tensor, is_first: bool) -> dict[str, Tensor]:
+    engine = torch.from_numpy(micro_batch.engine_logprobs).to(at_rollout.device, torch.float64)
+    compared = engine.isfinite() & is_first
+    gap = torch.where(compared, at_rollout.double() - engine, 0.0)
+    return {
+        **_mean("logprob_gap_mean", gap.abs(), compared),
+        **_mean("logprob_gap_kl", gap.exp() - 1 - gap, compared),
+        "logprob_gap_max": gap.abs().max() if len(gap) else gap.sum(),
+    }
+
+
+def _reduce(results: list[dict[str, Tensor]], ranks: Ranks) -> Totals:
+    sums = torch.zeros(len(SUMS), dtype=torch.float64)
+    maxima = torch.zeros(len(MAXIMA), dtype=torch.float64)
     if ranks.speaks_for_scores:
         for data in results:
-            sums += torch.stack([data[name] for name in _SUMS])
-            highest = torch.maximum(highest, data["gap_max"])
+            sums += torch.stack([data[name] for name in SUMS])
+            maxima = torch.maximum(maxima, torch.stack([data[name] for name in MAXIMA]))
     dist.all_reduce(sums, group=ranks.world_group)
-    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=ranks.world_group)
-    total = dict(zip(_SUMS, sums.tolist(), strict=True))
-    if not np.isfinite(total["loss"]):
-        raise TrainingError(
-            f"the loss is {total['loss']}; the optimizer was not touched. Look at the step's rollouts"
-        )
-
-    def mean(name: str, count: str) -> float:
-        return total[name] / total[count] if total[count] else float("nan")
-
-    return UpdateStats(
-        loss=total["loss"],
-        nll_correct=mean("nll", "correct"),
-        kl_incorrect=mean("kl", "incorrect"),
-        entropy=mean("entropy", "tokens"),
-        logprob_gap_mean=mean("gap", "compared"),
-        logprob_gap_max=highest.item() if total["compared"] else float("nan"),
-        logprob_gap_kl=mean("gap_kl", "compared"),
+    dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=ranks.world_group)
+    totals = Totals(
+        dict(zip(SUMS, sums.tolist(), strict=True)), dict(zip(MAXIMA, maxima.tolist(), strict=True))
     )
+    if not np.isfinite(totals.sums["loss"]):
+        raise TrainingError(
+            f"the loss is {totals.sums['loss']}; the optimizer was not touched. Look at the step's rollouts"
+        )
+    return totals
+
+
+def statistics(updates: Sequence[Totals]) -> UpdateStats:
+    """The statistics of a step from the totals of its updates."""
+    sums = {name: sum(update.sums[name] for update in updates) for name in SUMS}
+    highest = {name: max(update.maxima[name] for update in updates) for name in MAXIMA}
+    means = {
+        name: sums[name] / sums[f"{name}_count"] if sums[f"{name}_count"] else float("nan") for name in MEANS
+    }
+    if not sums["logprob_gap_mean_count"]:
+        highest["logprob_gap_max"] = float("nan")
+    return UpdateStats(loss=sums["loss"] / len(updates), **means, **highest)

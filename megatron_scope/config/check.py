@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
+from megatron_scope.config.needs import draws_responses, needs_teacher
 from megatron_scope.config.schema import (
     Config,
     Divergence,
@@ -40,12 +41,7 @@ _UNBUILT = (
     _Unbuilt("student.megatron", _is_set, "student.hf"),
     _Unbuilt("teacher.megatron", _is_set, "teacher.hf"),
     _Unbuilt("teacher.server", _is_set, "teacher.hf"),
-    _Unbuilt("objective.name", lambda v: v not in (ObjectiveName.SCOPE, ObjectiveName.SFT), "scope or sft"),
-    _Unbuilt("objective.preset", lambda v: v != Preset.PAPER, "paper"),
     _Unbuilt("objective.divergence", lambda v: v != Divergence.SAMPLED, "sampled"),
-    _Unbuilt("objective.ratio_clip", _is_set, "null"),
-    _Unbuilt("objective.kl_coefficient", lambda v: v > 0, "0"),
-    _Unbuilt("train.updates_per_batch", lambda v: v > 1, "1"),
     _Unbuilt("sync.transport", lambda v: v == Transport.BROADCAST, "disk"),
 )
 
@@ -67,7 +63,7 @@ _POSITIVE_COUNTS = (
     "evaluate.max_new_tokens",
     "evaluate.bootstrap_resamples",
 )
-_COUNTS = ("run.seed", "optimizer.warmup_steps", "checkpoint.every")
+_COUNTS = ("run.seed", "train.path_gradients_every", "optimizer.warmup_steps", "checkpoint.every")
 _POSITIVE = (
     "rollout.temperature",
     "rollout.request_timeout_s",
@@ -133,6 +129,8 @@ def _check_ranges(config: Config) -> None:
     for token_id in config.data.stop_token_ids or ():
         if token_id < 0:
             raise ConfigError(f"data.stop_token_ids has {token_id}: token ids are 0 or more")
+    if (config.teacher.stop_token_id or 0) < 0:
+        raise ConfigError(f"teacher.stop_token_id is {config.teacher.stop_token_id}: token ids are 0 or more")
 
 
 def _check_built(config: Config) -> None:
@@ -214,22 +212,60 @@ def _check_optimizer(config: Config) -> None:
 def _check_train(config: Config) -> None:
     _needed(config, "run.output_dir", "the run needs a folder; set run.output_dir=runs/NAME")
     _needed(config, "student.hf", "there is nothing to train; set student.hf to a Hugging Face model folder")
-    if config.objective.name == ObjectiveName.SFT:
+    _check_objective(config)
+    if not draws_responses(config):
         _needed(config, "data.train", "set data.train to a JSON-lines file of {prompt, response} rows")
         return
-    _needed(
-        config,
-        "teacher.hf",
-        "the teacher scores incorrect responses; set teacher.hf to a Hugging Face model folder",
-    )
+    if needs_teacher(config):
+        _needed(
+            config,
+            "teacher.hf",
+            "the teacher scores incorrect responses; set teacher.hf to a Hugging Face model folder",
+        )
     _check_engine(config)
     if config.rollout.engine == Engine.REPLAY:
         return
     _needed(config, "data.train", "set data.train to a JSON-lines file of {id, prompt, answer, task} rows")
-    if config.rollout.samples_per_prompt < 2:
+    _check_group(config)
+
+
+def _check_objective(config: Config) -> None:
+    objective = config.objective
+    if objective.preset == Preset.OFFICIAL and objective.name != ObjectiveName.SCOPE:
         raise ConfigError(
-            f"rollout.samples_per_prompt is {config.rollout.samples_per_prompt}: SCOPE weights need a group; "
-            "use 4 or more (the paper takes 8)"
+            f"objective.preset is official with objective.name={objective.name}: it is the authors' variant "
+            "of SCOPE; use objective.name=scope or objective.preset=paper"
+        )
+    if objective.kl_coefficient > 0 and objective.name != ObjectiveName.GRPO:
+        raise ConfigError(
+            f"objective.kl_coefficient is {objective.kl_coefficient} with objective.name={objective.name}: "
+            "only grpo has a term towards the initial student; set objective.kl_coefficient=0"
+        )
+    clip = objective.ratio_clip
+    if clip is None:
+        return
+    if not clip > 0:
+        raise ConfigError(f"objective.ratio_clip is {clip}: it must be above 0; null turns clipping off")
+    if not draws_responses(config):
+        raise ConfigError(
+            f"objective.ratio_clip is {clip} with objective.name={objective.name}, which has no ratio; set "
+            "objective.ratio_clip=null"
+        )
+
+
+def _check_group(config: Config) -> None:
+    """What a step must hold for its weights and its updates."""
+    rollout, updates = config.rollout, config.train.updates_per_batch
+    if config.objective.name != ObjectiveName.OPD and rollout.samples_per_prompt < 2:
+        what = "GRPO's advantages" if config.objective.name == ObjectiveName.GRPO else "SCOPE weights"
+        raise ConfigError(
+            f"rollout.samples_per_prompt is {rollout.samples_per_prompt}: {what} need a group; use 4 or more "
+            "(the paper takes 8), or objective.name=opd"
+        )
+    if updates > rollout.prompts_per_step:
+        raise ConfigError(
+            f"train.updates_per_batch is {updates} but rollout.prompts_per_step={rollout.prompts_per_step}: "
+            "each update needs a prompt; lower it"
         )
 
 

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from megatron_scope.config.presets import with_implied
 from megatron_scope.config.schema import Config
 from megatron_scope.errors import ConfigError
 
@@ -219,7 +220,7 @@ def _build(mapping: dict[str, dict[str, Any]], source: str, overridden: Mapping[
             expanded = value if where in _PROSE else _expand(value, where, origin)
             converted[key] = _convert(expanded, annotations[key], where, origin)
         sections[name] = _section_types()[name](**converted)
-    return Config(**sections)
+    return with_implied(Config(**sections), stated=mapping.get("objective", {}))
 
 
 def _section_types() -> dict[str, Any]:

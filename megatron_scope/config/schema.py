@@ -48,6 +48,16 @@ class Aggregation(StrEnum):
     TOKEN_MEAN = "token_mean"
 
 
+class WeightScale(StrEnum):
+    SUM_TO_ONE = "sum_to_one"
+    MEAN_ONE = "mean_one"
+
+
+class CorrectPath(StrEnum):
+    RATIO = "ratio"
+    LOG_LIKELIHOOD = "log_likelihood"
+
+
 class Precision(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -88,6 +98,9 @@ class ModelConfig:
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig(ModelConfig):
     server: tuple[str, ...] | None = None
+    # The teacher's own end token where it differs from the student's (a base student under a chat teacher): a
+    # response's stop token is scored as this one. null scores the token that the student wrote.
+    stop_token_id: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,23 +149,28 @@ class VerifyConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
+    """Defaults are the paper's SCOPE; `presets.py` has those that another name or preset implies."""
+
     name: ObjectiveName = ObjectiveName.SCOPE
     preset: Preset = Preset.PAPER
     tau: float = 1.0
     student_exponent: float = 1.0  # of PPL_S over correct responses (Eq. 4); 0 uniform, -1 reversed
     teacher_exponent: float = -1.0  # of PPL_T over incorrect responses (Eq. 5); 0 uniform, +1 reversed
+    weight_scale: WeightScale = WeightScale.SUM_TO_ONE  # of a set's weights; mean_one multiplies by its size
+    correct_path: CorrectPath = CorrectPath.RATIO  # -rho (Eq. 2), or plain -log pi
     divergence: Divergence = Divergence.SAMPLED
-    aggregation: Aggregation = Aggregation.SEQUENCE_SUM
+    aggregation: Aggregation = Aggregation.SEQUENCE_SUM  # from tokens to the loss
     student_temperature: float = 1.0
     teacher_temperature: float = 1.0
-    ratio_clip: float | None = None
-    kl_coefficient: float = 0.0
+    ratio_clip: float | None = None  # of rho, to 1 +- this; null never clips
+    kl_coefficient: float = 0.0  # of the k3 estimate of KL(student || initial student); grpo only
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     micro_batch_tokens: int = 16384  # packed tokens of one micro-batch; one longer response stands alone
-    updates_per_batch: int = 1
+    updates_per_batch: int = 1  # optimizer updates a step, each on its share of the prompts
+    path_gradients_every: int = 0  # steps between measurements of each path's gradient norm; 0 never
     precision: Precision = Precision.BFLOAT16
     recompute: Recompute = Recompute.NONE
 

@@ -96,6 +96,7 @@ def make_batch(
                 index=index,
                 group=group,
                 correct=verdict.correct,
+                stopped=rollout.finish_reason == "stop",
                 prompt_ids=_ids(rollout.prompt.token_ids, limits.vocab_size, name),
                 output_ids=_ids(rollout.output_ids, limits.vocab_size, name),
                 engine_logprobs=np.array(rollout.engine_logprobs, dtype=np.float32),
@@ -110,9 +111,8 @@ def _check_length(rollout: Rollout, limits: SequenceLimits, name: str) -> None:
     length = len(rollout.prompt.token_ids) + len(rollout.output_ids)
     if length > limits.max_positions:
         raise RolloutError(
-            f"{name} has {length} tokens with its prompt, but student and teacher have "
-            f"{limits.max_positions} "
-            "positions at most; give shorter rows"
+            f"{name} has {length} tokens with its prompt, but the models have "
+            f"{limits.max_positions} positions at most; give shorter rows"
         )
 
 

@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_scope.config.schema import Config, Engine, ObjectiveName
+from megatron_scope.config.needs import draws_responses
+from megatron_scope.config.schema import Config, Engine
 from megatron_scope.controller.rows import read_steps
 from megatron_scope.controller.service import RolloutService
 from megatron_scope.data.prompts import Cursor, Drawer, Example, example_drawer, prompt_drawer
@@ -45,7 +46,7 @@ class Source(Protocol):
 def open_source(config: Config, vocab_size: int, log_folder: Path) -> Source:
     """The source that the config asks for; DataError when its files cannot serve."""
     folder = str(config.student.hf)
-    if config.objective.name is ObjectiveName.SFT:
+    if not draws_responses(config):
         tokenizer = load_tokenizer(folder)
         stops = stop_token_ids(config.data, folder, tokenizer)
         drawer = example_drawer(config.data, tokenizer, stops, config.run.seed)
@@ -139,7 +140,7 @@ class ReplayedRollouts:
 
 
 class GivenResponses(_Drawn):
-    """Rows of prompts with responses to learn (sft), all taken as correct."""
+    """Rows of prompts with responses to learn (sft, kd), all taken as correct."""
 
     def __init__(self, drawer: Drawer[Example], rows_per_step: int) -> None:
         super().__init__(drawer)

@@ -12,14 +12,25 @@ import numpy as np
 from megatron_scope.records import MicroBatch, Response, ResponseTable
 
 
-def response_table(responses: Sequence[Response]) -> ResponseTable:
+def response_table(responses: Sequence[Response], num_updates: int = 1) -> ResponseTable:
     """The arrays that every rank knows of a step's responses, in canonical order."""
+    group = np.array([r.group for r in responses], dtype=np.int64)
     return ResponseTable(
-        group=np.array([r.group for r in responses], dtype=np.int64),
+        group=group,
+        update=split_prompts(group, num_updates),
         correct=np.array([r.correct for r in responses], dtype=bool),
         num_tokens=np.array([len(r.output_ids) for r in responses], dtype=np.int64),
         num_input_tokens=np.array([r.num_input_tokens for r in responses], dtype=np.int64),
     )
+
+
+def split_prompts(group: np.ndarray, num_updates: int) -> np.ndarray:
+    """The update of each response, int64 [N], 0 up: prompts in order, as evenly as can be.
+
+    With fewer prompts than updates each prompt has one of its own, and there are fewer updates.
+    """
+    prompts, place = np.unique(group, return_inverse=True)
+    return place * min(num_updates, len(prompts)) // max(1, len(prompts))
 
 
 def assign_replicas(num_input_tokens: np.ndarray, num_replicas: int) -> np.ndarray:
@@ -92,5 +103,12 @@ def _micro_batch(responses: Sequence[Response], multiple_of: int) -> MicroBatch:
         response=np.repeat([r.index for r in responses], [len(r.output_ids) for r in responses]).astype(
             np.int64
         ),
+        stop=np.concatenate([none, *(_is_stop(r) for r in responses)]).astype(bool),
         engine_logprobs=np.concatenate([none, *(r.engine_logprobs for r in responses)]).astype(np.float32),
     )
+
+
+def _is_stop(response: Response) -> np.ndarray:
+    """bool [R], true at a last token that is a stop token."""
+    places = np.arange(len(response.output_ids))
+    return (places == len(places) - 1) & response.stopped

@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A given response to learn from (sft): the prompt and the response's token ids."""
+    """A given response to learn from (sft, kd): the prompt and the response's token ids."""
 
     prompt: Prompt
     output_ids: tuple[int, ...]
@@ -134,25 +134,44 @@ def load_prompts(config: DataConfig, tokenizer: Any, tasks: Sequence[str], path:
 def example_drawer(
     config: DataConfig, tokenizer: Any, stop_ids: tuple[int, ...], seed: int
 ) -> Drawer[Example]:
-    """Draws (prompt, response) examples from rows {prompt, response}; a response that does not end in a stop
-    token gets one.
+    """Draws (prompt, response) examples from rows {prompt, response} or {prompt, output_ids}.
+
+    `output_ids`, as `evaluate --responses` writes them, are learnt as they are. Text is tokenised, and gets a
+    stop token if it does not end in one.
     """
     source = str(config.train)
     rows = []
     for line, row in read_rows(source):
         _check_prompt(config, source, line, row)
-        _check_text(source, line, row, "response")
-        rows.append({**row, "id": str(line if row.get("id") is None else row["id"])})
+        _check_response(source, line, row)
+        rows.append({**row, "id": _example_id(line, row)})
     _check_rows(source, [row["id"] for row in rows])
 
     def encode(row: dict[str, Any]) -> tuple[Example, int]:
         ids = _prompt_ids(config, tokenizer, row)
-        output = tokenizer(row["response"], add_special_tokens=False).input_ids
-        if stop_ids and (not output or output[-1] not in stop_ids):
-            output = [*output, stop_ids[0]]
-        return Example(Prompt(row["id"], ids, "", "sft"), tuple(output)), len(ids)
+        output = row.get("output_ids")
+        if output is None:
+            output = tokenizer(row["response"], add_special_tokens=False).input_ids
+            if stop_ids and (not output or output[-1] not in stop_ids):
+                output = [*output, stop_ids[0]]
+        return Example(Prompt(row["id"], ids, "", ""), tuple(output)), len(ids)
 
     return Drawer(source, rows, encode, config, seed)
+
+
+def _example_id(line: int, row: dict[str, Any]) -> str:
+    """The row's id, with its sample where a problem has several responses, or its line."""
+    if row.get("id") is None:
+        return str(line)
+    return str(row["id"]) if row.get("sample") is None else f"{row['id']}/{row['sample']}"
+
+
+def _check_response(source: str, line: int, row: dict[str, Any]) -> None:
+    ids = row.get("output_ids")
+    if ids is None:
+        _check_text(source, line, row, "response")
+    elif not (isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)):
+        raise DataError(f"{source}:{line}: output_ids is {str(ids)[:60]}; expected a list of token ids")
 
 
 def _prompt_rows(config: DataConfig, source: str, tasks: Sequence[str]) -> list[dict[str, Any]]:

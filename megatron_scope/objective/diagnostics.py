@@ -11,7 +11,8 @@ from megatron_scope.records import ResponseTable
 
 @dataclasses.dataclass(frozen=True)
 class PathSpread:
-    """Means over a path's sets (one prompt's responses of one kind); NaN where the path is empty.
+    """Means over a path's sets (one prompt's responses of one kind); NaN where the path is empty, and for
+    weights that are no distribution, as GRPO's signed advantages.
 
     `entropy` is that of the normalised weights, in nats; `effective_sample_size` is 1 / sum of their squares.
     """
@@ -22,10 +23,14 @@ class PathSpread:
 
 def path_spread(table: ResponseTable, weights: np.ndarray, *, correct: bool) -> PathSpread:
     """How evenly the weights [N] of one path are spread within its sets."""
+    if (weights < 0).any():
+        return PathSpread(float("nan"), float("nan"))
     entropies, sizes = [], []
     on_path = table.correct == correct
     for group in np.unique(table.group[on_path]):
         members = weights[on_path & (table.group == group)]
+        if not members.any():
+            continue
         p = members / members.sum()
         entropies.append(-np.sum(p * np.log(np.where(p > 0, p, 1.0))))
         sizes.append(1.0 / np.sum(p**2))

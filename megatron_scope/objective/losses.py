@@ -1,45 +1,76 @@
 """Token losses: each a short function of per-token log-probs and coefficients that returns a plain sum.
 
 R response tokens of a micro-batch. A coefficient carries the response's weight and every denominator, so sums
-over micro-batches, replicas and updates add up to the loss of Eq. 6 whatever the packing.
+over micro-batches and replicas add up to the loss of the update whatever the packing. A term whose
+coefficients are 0 contributes nothing, so terms of one loss may be added up.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
 class TokenTerms(NamedTuple):
     """What a token loss may use, each float32 [R], log-probs in nats.
 
-    `logprob` (differentiable) is the student's of the response token, `old_logprob` the behaviour policy's
-    (None: the current one, whose ratio is 1 with the gradient of the log-prob), `teacher_logprob` the
-    teacher's (0 where it was not scored). `likelihood` and `distill` are the token's coefficients on the two
-    paths; at most one of them is not zero.
+    `logprob` (differentiable) is the student's of the response token; `old_logprob` the student's at the
+    start of the step (None: it is still the same, so that the ratio is 1 with the gradient of the log-prob);
+    `teacher_logprob` and `reference_logprob` (the initial student's) are 0 where not scored. The
+    coefficients are those of ResponseCoefficients, token by token.
     """
 
     logprob: Tensor
     old_logprob: Tensor | None
     teacher_logprob: Tensor
+    reference_logprob: Tensor
     likelihood: Tensor
     distill: Tensor
+    advantage: Tensor
+    reference_kl: Tensor
 
 
-def scope_loss(terms: TokenTerms) -> Tensor:
-    """SCOPE with the sampled divergence (arXiv:2604.10688, Eq. 1-3 under the weights of Eq. 6).
+def importance_ratio(terms: TokenTerms) -> Tensor:
+    """rho = pi_theta / pi_old, [R] (arXiv:2604.10688 Eq. 1)."""
+    old = terms.logprob.detach() if terms.old_logprob is None else terms.old_logprob
+    return (terms.logprob - old).exp()
 
-    Correct path: -c rho. Incorrect path: c rho sg(log pi_theta - log pi_T), with rho = pi_theta / pi_old (Eq.
-    1).
-    """
-    current = terms.logprob.detach()
-    old = current if terms.old_logprob is None else terms.old_logprob
-    ratio = (terms.logprob - old).exp()
-    log_ratio_to_teacher = current - terms.teacher_logprob
-    return (ratio * (terms.distill * log_ratio_to_teacher - terms.likelihood)).sum()
+
+def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip: float = math.inf) -> Tensor:
+    """min(rho A, clip(rho, 1 - clip, 1 + clip) A), [R] (arXiv:1707.06347 Eq. 7)."""
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
+def likelihood_surrogate(terms: TokenTerms, clip: float = math.inf) -> Tensor:
+    """SCOPE's correct path: the sum of -c rho (arXiv:2604.10688 Eq. 2)."""
+    return -clipped_surrogate(importance_ratio(terms), terms.likelihood, clip).sum()
 
 
 def likelihood_loss(terms: TokenTerms) -> Tensor:
-    """Weighted negative log-likelihood: -c log pi_theta."""
+    """Weighted negative log-likelihood: the sum of -c log pi_theta."""
     return -(terms.likelihood * terms.logprob).sum()
+
+
+def distillation_surrogate(terms: TokenTerms, clip: float = math.inf) -> Tensor:
+    """The sampled reverse KL to the teacher: the sum of c rho sg(log pi_theta - log pi_T) (arXiv:2604.10688
+    Eq. 3).
+    """
+    advantage = terms.distill * (terms.teacher_logprob - terms.logprob.detach())
+    return -clipped_surrogate(importance_ratio(terms), advantage, clip).sum()
+
+
+def policy_gradient_loss(terms: TokenTerms, clip: float = math.inf) -> Tensor:
+    """GRPO: the clipped surrogate of the advantages and the k3 estimate of KL(pi_theta || pi_ref)
+    (arXiv:2402.03300 Eq. 3 and 4).
+    """
+    surrogate = clipped_surrogate(importance_ratio(terms), terms.advantage, clip)
+    return (terms.reference_kl * reference_kl(terms) - surrogate).sum()
+
+
+def reference_kl(terms: TokenTerms) -> Tensor:
+    """k3 = exp(d) - d - 1 with d = log pi_ref - log pi_theta, [R], never negative."""
+    difference = terms.reference_logprob - terms.logprob
+    return difference.exp() - difference - 1

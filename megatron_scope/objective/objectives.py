@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_scope.config.schema import Aggregation, ObjectiveConfig, ObjectiveName
-from megatron_scope.errors import ConfigError
-from megatron_scope.objective.losses import TokenTerms, likelihood_loss, scope_loss
+from megatron_scope.config.schema import CorrectPath, ObjectiveConfig, ObjectiveName
+from megatron_scope.objective.aggregation import coefficients, group_sizes, token_factors, uniform_weights
+from megatron_scope.objective.losses import (
+    TokenTerms,
+    distillation_surrogate,
+    likelihood_loss,
+    likelihood_surrogate,
+    policy_gradient_loss,
+)
 from megatron_scope.objective.weighting import path_weights
 from megatron_scope.records import ResponseCoefficients, ResponseTable
 
 __all__ = ["Objective", "TokenTerms", "WeighedResponses", "build_objective"]
 
+# Keeps the advantage of a group of nearly equal rewards finite.
+STD_FLOOR = 1e-6
+
 
 @dataclasses.dataclass(frozen=True)
 class WeighedResponses:
-    """The result of the weigh stage: `weights` float64 [N] as in Eq. 6 and the coefficients made of them."""
+    """The result of the weigh stage: `weights` float64 [N], what each response counts (GRPO: its advantage),
+    and the coefficients made of them.
+    """
 
     weights: np.ndarray
     coefficients: ResponseCoefficients
@@ -32,29 +44,43 @@ Weigh = Callable[[ResponseTable, np.ndarray, np.ndarray], WeighedResponses]
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """An objective as four pure functions of a step's table.
+    """An objective as pure functions of a step's table.
 
-    `student_scored` and `teacher_scored` give bool [N]: the responses whose log-probs must be known before
-    the update. `weigh` takes their mean log-probs (float64 [N], nats per token, NaN where not scored).
-    `token_loss` is summed over micro-batches.
+    `student_scored`, `teacher_scored` and `reference_scored` give bool [N]: the responses that a model must
+    score before the update. `weigh` takes the student's and the teacher's mean log-probs (float64 [N], nats
+    per token, NaN where not scored). `token_loss` is summed over micro-batches.
     """
 
     student_scored: Mask
     teacher_scored: Mask
+    reference_scored: Mask
     weigh: Weigh
     token_loss: Callable[[TokenTerms], Tensor]
 
 
 def build_objective(config: ObjectiveConfig) -> Objective:
     """The objective that the config names."""
-    if config.name is ObjectiveName.SCOPE:
-        return _scope(config)
-    if config.name is ObjectiveName.SFT:
-        return _sft()
-    raise ConfigError(f"objective.name is {config.name.value}, which is not available; use scope or sft")
+    return _BUILDERS[config.name](config)
+
+
+def _nobody(table: ResponseTable) -> np.ndarray:
+    return np.zeros(len(table), dtype=bool)
+
+
+def _everybody(table: ResponseTable) -> np.ndarray:
+    return np.ones(len(table), dtype=bool)
+
+
+def _clip(config: ObjectiveConfig) -> float:
+    return math.inf if config.ratio_clip is None else config.ratio_clip
 
 
 def _scope(config: ObjectiveConfig) -> Objective:
+    """SCOPE (arXiv:2604.10688 Eq. 6): likelihood of correct responses weighted by the student's perplexity,
+    distillation of incorrect ones by the teacher's.
+    """
+    clip = _clip(config)
+
     def weigh(table: ResponseTable, student_mean: np.ndarray, teacher_mean: np.ndarray) -> WeighedResponses:
         weights = path_weights(
             torch.from_numpy(table.correct),
@@ -64,49 +90,114 @@ def _scope(config: ObjectiveConfig) -> Objective:
             tau=config.tau,
             student_exponent=config.student_exponent,
             teacher_exponent=config.teacher_exponent,
+            scale=config.weight_scale.value,
         ).numpy()
-        return WeighedResponses(weights, aggregate(weights, table, config.aggregation))
+        likelihood = weights * token_factors(table, config.aggregation, table.correct)
+        distill = weights * token_factors(table, config.aggregation, _everybody(table))
+        return WeighedResponses(
+            weights,
+            coefficients(
+                table,
+                likelihood=np.where(table.correct, likelihood, 0.0),
+                distill=np.where(table.correct, 0.0, distill),
+            ),
+        )
 
+    def with_ratio(terms: TokenTerms) -> Tensor:
+        return likelihood_surrogate(terms, clip) + distillation_surrogate(terms, clip)
+
+    def with_log_likelihood(terms: TokenTerms) -> Tensor:
+        return likelihood_loss(terms) + distillation_surrogate(terms, clip)
+
+    losses = {CorrectPath.RATIO: with_ratio, CorrectPath.LOG_LIKELIHOOD: with_log_likelihood}
     return Objective(
         student_scored=lambda table: table.correct,
         teacher_scored=lambda table: ~table.correct,
+        reference_scored=_nobody,
         weigh=weigh,
-        token_loss=scope_loss,
+        token_loss=losses[config.correct_path],
     )
 
 
-def aggregate(weights: np.ndarray, table: ResponseTable, aggregation: Aggregation) -> ResponseCoefficients:
-    """Per-response token coefficients from the weights of both paths, float64 [N].
-
-    B is the number of prompts with a usable response. sequence_sum: w / B (Eq. 6). sequence_mean: w / (B
-    |y|). token_mean: w over the correct tokens on the likelihood path, w over all tokens on the distillation
-    path (the authors' code).
-    """
-    num_tokens = table.num_tokens.astype(np.float64)
-    if aggregation is Aggregation.TOKEN_MEAN:
-        correct_tokens = max(1.0, num_tokens[table.correct].sum())
-        likelihood, distill = weights / correct_tokens, weights / max(1.0, num_tokens.sum())
-    else:
-        num_prompts = len(np.unique(table.group))
-        likelihood = weights / max(1, num_prompts)
-        if aggregation is Aggregation.SEQUENCE_MEAN:
-            likelihood = likelihood / num_tokens
-        distill = likelihood
-    return ResponseCoefficients(
-        likelihood=np.where(table.correct, likelihood, 0.0), distill=np.where(table.correct, 0.0, distill)
-    )
-
-
-def _sft() -> Objective:
-    """Mean negative log-likelihood over all given response tokens; needs no score and no teacher."""
-
-    def nobody(table: ResponseTable) -> np.ndarray:
-        return np.zeros(len(table), dtype=bool)
+def _opd(config: ObjectiveConfig) -> Objective:
+    """On-policy distillation: Eq. 3 on every response, all counting the same."""
+    clip = _clip(config)
 
     def weigh(table: ResponseTable, student_mean: np.ndarray, teacher_mean: np.ndarray) -> WeighedResponses:
         del student_mean, teacher_mean
-        ones = np.ones(len(table))
-        likelihood = ones / max(1.0, float(table.num_tokens.sum()))
-        return WeighedResponses(ones, ResponseCoefficients(likelihood=likelihood, distill=0.0 * ones))
+        weights = uniform_weights(table, config.aggregation)
+        distill = weights * token_factors(table, config.aggregation, _everybody(table))
+        return WeighedResponses(weights, coefficients(table, distill=distill))
 
-    return Objective(student_scored=nobody, teacher_scored=nobody, weigh=weigh, token_loss=likelihood_loss)
+    return Objective(
+        student_scored=_nobody,
+        teacher_scored=_everybody,
+        reference_scored=_nobody,
+        weigh=weigh,
+        token_loss=lambda terms: distillation_surrogate(terms, clip),
+    )
+
+
+def _grpo(config: ObjectiveConfig) -> Objective:
+    """GRPO (arXiv:2402.03300): rewards standardised within a prompt's group, clipped, with a KL to the
+    initial student.
+    """
+    clip = _clip(config)
+
+    def weigh(table: ResponseTable, student_mean: np.ndarray, teacher_mean: np.ndarray) -> WeighedResponses:
+        del student_mean, teacher_mean
+        advantages = group_advantages(table)
+        factors = uniform_weights(table, config.aggregation) * token_factors(
+            table, config.aggregation, _everybody(table)
+        )
+        return WeighedResponses(
+            advantages,
+            coefficients(table, advantage=advantages * factors, reference_kl=config.kl_coefficient * factors),
+        )
+
+    return Objective(
+        student_scored=_nobody,
+        teacher_scored=_nobody,
+        reference_scored=_everybody if config.kl_coefficient > 0 else _nobody,
+        weigh=weigh,
+        token_loss=lambda terms: policy_gradient_loss(terms, clip),
+    )
+
+
+def group_advantages(table: ResponseTable) -> np.ndarray:
+    """(R - mean) / (std + 1e-6) of the rewards R in {0, 1} of each prompt's group, float64 [N].
+
+    std has n - 1 in its denominator. 0 in a group of one or of equal rewards.
+    """
+    _, place = np.unique(table.group, return_inverse=True)
+    rewards, sizes = table.correct.astype(np.float64), group_sizes(table)
+    centred = rewards - np.bincount(place, rewards)[place] / sizes
+    variance = np.bincount(place, centred**2)[place] / np.maximum(sizes - 1, 1)
+    return centred / (np.sqrt(variance) + STD_FLOOR)
+
+
+def _given(config: ObjectiveConfig) -> Objective:
+    """Negative log-likelihood of given responses (sft, kd), all counting the same; needs no score."""
+
+    def weigh(table: ResponseTable, student_mean: np.ndarray, teacher_mean: np.ndarray) -> WeighedResponses:
+        del student_mean, teacher_mean
+        weights = uniform_weights(table, config.aggregation)
+        likelihood = weights * token_factors(table, config.aggregation, _everybody(table))
+        return WeighedResponses(weights, coefficients(table, likelihood=likelihood))
+
+    return Objective(
+        student_scored=_nobody,
+        teacher_scored=_nobody,
+        reference_scored=_nobody,
+        weigh=weigh,
+        token_loss=likelihood_loss,
+    )
+
+
+_BUILDERS: dict[ObjectiveName, Callable[[ObjectiveConfig], Objective]] = {
+    ObjectiveName.SCOPE: _scope,
+    ObjectiveName.OPD: _opd,
+    ObjectiveName.GRPO: _grpo,
+    ObjectiveName.SFT: _given,
+    ObjectiveName.KD: _given,
+}

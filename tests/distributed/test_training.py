@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_scope.errors import CheckpointError, ConfigError, DataError, RolloutError, ScoringError
-from tests.helpers.models import save_qwen2, save_tokenizer
+from tests.helpers.models import read_weights, save_qwen2, save_tokenizer
 from tests.helpers.rollouts import random_rows, write_rows
 
 NUMBERS = [
@@ -62,14 +62,6 @@ def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        name: value
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, value in load_file(file).items()
-    }
-
-
 # ---- checkpoints
 
 
@@ -96,7 +88,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(pool, settings, tmp_path, num_ranks, 
     assert (tmp_path / "stopped" / "checkpoints" / "step_00000004").is_dir()
     resumed = pool(num_ranks).run(TRAIN, stopped, resume=True)[0]
     assert without_times(resumed) == without_times(whole)
-    expected, found = weights(tmp_path / "run" / "hf"), weights(tmp_path / "stopped" / "hf")
+    expected, found = read_weights(tmp_path / "run" / "hf"), read_weights(tmp_path / "stopped" / "hf")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
@@ -168,7 +160,9 @@ def test_bfloat16_master_weights_add_up_updates_below_its_resolution(pool, setti
         optimizer={"lr": 2e-3, "weight_decay": 0.0},
     )
     pool(1).run(TRAIN, settings)
-    start, end = (weights(Path(folder)) for folder in (settings["student"]["hf"], tmp_path / "run" / "hf"))
+    start, end = (
+        read_weights(Path(folder)) for folder in (settings["student"]["hf"], tmp_path / "run" / "hf")
+    )
     assert end["model.norm.weight"].dtype == torch.bfloat16
     assert (end["model.norm.weight"] != start["model.norm.weight"].bfloat16()).any()
 

@@ -48,14 +48,15 @@ def token_logprobs(settings: dict[str, Any]) -> dict[str, dict[int, np.ndarray]]
     config = parse_config(settings, "test")
     with layout(config.parallel) as ranks, contextlib.ExitStack() as stack:
         trainer = Trainer(config, ranks, resume=False)
+        stack.callback(trainer.student.release)
         if ranks.rank == 0:
             trainer._start_controller(stack)
         batch = trainer.roll_out(1)
         everyone = np.ones(len(batch.table), dtype=bool)
-        assert trainer.teacher is not None
-        models = {"student": trainer.student.stage, "teacher": trainer.teacher}
+        models = {"student": trainer.student.stage, "teacher": trainer.scorer.teacher}
         scores = {
-            name: trainer._score(stage, batch, everyone, 1.0).by_response for name, stage in models.items()
+            name: trainer.scorer.token_logprobs(stage, batch.responses, everyone, 1.0).by_response
+            for name, stage in models.items()
         }
         return scores if ranks.speaks_for_scores else {name: {} for name in models}
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -23,6 +24,15 @@ def save_tokenizer(folder: Path) -> None:
     # All named: transformers adds a family's own special tokens where they are not.
     special = {"eos_token": END, "pad_token": END, "unk_token": " ", "bos_token": " "}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a Hugging Face folder."""
+    return {
+        name: value
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, value in load_file(file).items()
+    }
 
 
 def save_qwen2(folder: Path, *, seed: int = 0, rows: int = VOCAB_SIZE, **sizes: Any) -> Path:

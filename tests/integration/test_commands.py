@@ -225,7 +225,7 @@ def test_real_prompts_run_and_their_rollouts_can_be_read(run, write, config, tmp
         (["--nproc", "4", "parallel.tensor=4"], "has 2 query groups"),
         (["--nproc", "2", "student.hf=/nowhere"], "/nowhere"),
         (["objective.name=grpo"], "objective.name"),
-        (["rollout.max_new_tokens=1000"], "student and teacher have 256 positions at most"),
+        (["rollout.max_new_tokens=1000"], "the models have 256 positions at most"),
     ],
 )
 def test_wrong_settings_exit_with_2_before_any_rank_starts(run, write, config, words, message):

@@ -50,6 +50,12 @@ def test_a_complete_config_passes():
         (["rollout.engine=replay", "rollout.file=r.jsonl", "rollout.samples_per_prompt=1"], {}),
         (["rollout.engine=embedded", "rollout.servers=[]"], {}),
         (["objective.name=sft", "teacher.hf=null", "rollout.servers=[]", "rollout.samples_per_prompt=1"], {}),
+        (["objective.name=kd", "teacher.hf=null", "rollout.servers=[]"], {}),
+        (["objective.name=opd", "rollout.samples_per_prompt=1"], {}),
+        (["objective.name=grpo", "teacher.hf=null"], {}),
+        (["objective.name=grpo", "objective.ratio_clip=.inf", "objective.kl_coefficient=0"], {}),
+        (["objective.preset=official"], {}),
+        (["train.updates_per_batch=4", "objective.ratio_clip=0.2"], {}),
         (["data.prompt_template=\\boxed{} {x} {prompt}"], {}),
         (["data.system_prompt=Reason.", "data.chat_template_kwargs.enable_thinking=true"], {}),
         (
@@ -105,22 +111,10 @@ def test_values_out_of_range_are_refused(override, said):
             "teacher.server=http://t:1",
             "teacher.server is http://t:1: not available in this version; use teacher.hf",
         ),
-        ("objective.name=opd", "objective.name is opd: not available in this version; use scope or sft"),
-        ("objective.name=grpo", "objective.name is grpo: not available in this version; use scope or sft"),
-        (
-            "objective.preset=official",
-            "objective.preset is official: not available in this version; use paper",
-        ),
         (
             "objective.divergence=jsd",
             "objective.divergence is jsd: not available in this version; use sampled",
         ),
-        ("objective.ratio_clip=0.2", "objective.ratio_clip is 0.2: not available in this version; use null"),
-        (
-            "objective.kl_coefficient=1e-4",
-            "objective.kl_coefficient is 0.0001: not available in this version",
-        ),
-        ("train.updates_per_batch=2", "train.updates_per_batch is 2: not available in this version; use 1"),
         ("sync.transport=broadcast", "sync.transport is broadcast: not available in this version; use disk"),
     ],
 )
@@ -165,8 +159,35 @@ def test_what_is_not_built_yet_is_refused(override, said):
         ),
         (
             ["rollout.samples_per_prompt=1"],
-            "rollout.samples_per_prompt is 1: SCOPE weights need a group; use 4 or more (the paper takes 8)",
+            "rollout.samples_per_prompt is 1: SCOPE weights need a group; use 4 or more (the paper takes 8), "
+            "or objective.name=opd",
         ),
+        (
+            ["rollout.samples_per_prompt=1", "objective.name=grpo"],
+            "rollout.samples_per_prompt is 1: GRPO's advantages need a group; use 4 or more",
+        ),
+        (
+            ["objective.preset=official", "objective.name=opd"],
+            "objective.preset is official with objective.name=opd: it is the authors' variant of SCOPE",
+        ),
+        (
+            ["objective.kl_coefficient=1e-4"],
+            "objective.kl_coefficient is 0.0001 with objective.name=scope: only grpo has a term",
+        ),
+        (
+            ["objective.ratio_clip=0"],
+            "objective.ratio_clip is 0.0: it must be above 0; null turns clipping off",
+        ),
+        (["objective.ratio_clip=.nan"], "objective.ratio_clip is nan: it must be above 0"),
+        (
+            ["objective.name=kd", "objective.ratio_clip=0.2"],
+            "objective.ratio_clip is 0.2 with objective.name=kd, which has no ratio; set",
+        ),
+        (
+            ["train.updates_per_batch=4", "rollout.prompts_per_step=3"],
+            "train.updates_per_batch is 4 but rollout.prompts_per_step=3: each update needs a prompt; lower",
+        ),
+        (["teacher.stop_token_id=-1"], "teacher.stop_token_id is -1: token ids are 0 or more"),
         (
             ["run.output_dir=null"],
             "run.output_dir is not set: the run needs a folder; set run.output_dir=runs/NAME",

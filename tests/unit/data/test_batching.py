@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_scope.data.batching import assign_replicas, empty_micro_batch, pack, response_table
+from megatron_scope.data.batching import (
+    assign_replicas,
+    empty_micro_batch,
+    pack,
+    response_table,
+    split_prompts,
+)
 from megatron_scope.records import Response
 
 REPEATABLE = settings(derandomize=True, deadline=None, max_examples=100)
@@ -27,6 +33,7 @@ def responses(sizes, first_index=0):
                 index=first_index + number,
                 group=number // 2,
                 correct=number % 2 == 0,
+                stopped=number % 3 != 0,
                 prompt_ids=ids[:prompt],
                 output_ids=ids[prompt:],
                 engine_logprobs=(-ids[prompt:] / 7).astype(np.float32),
@@ -246,3 +253,28 @@ def test_the_table_holds_every_response_in_order():
     assert table.num_input_tokens.tolist() == [4, 1, 5]
     assert (table.group.dtype, table.correct.dtype) == (np.int64, bool)
     assert len(table) == 3 and len(response_table([])) == 0
+
+
+@given(lengths, st.sampled_from([1, 3, 50]), multiples)
+@REPEATABLE
+def test_the_last_row_of_a_stopped_response_is_its_stop_token(sizes, micro_batch_tokens, multiple_of):
+    made = responses(sizes)
+    for micro_batch in pack(made, micro_batch_tokens, multiple_of):
+        assert micro_batch.stop.dtype == bool
+        for index in set(micro_batch.response.tolist()):
+            stops = micro_batch.stop[micro_batch.response == index]
+            assert stops[-1] == made[index].stopped and not stops[:-1].any()
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=20), st.integers(1, 8))
+@REPEATABLE
+def test_a_prompt_is_in_one_update_and_updates_are_even_and_none_is_empty(group, num_updates):
+    group = np.array(group)
+    update = split_prompts(group, num_updates)
+    prompts = {g: set(update[group == g].tolist()) for g in np.unique(group)}
+    assert all(len(updates) == 1 for updates in prompts.values())
+    in_order = [min(prompts[g]) for g in sorted(prompts)]
+    sizes = np.bincount(in_order)
+    assert in_order == sorted(in_order)
+    assert len(sizes) == min(num_updates, len(prompts)) and sizes.min() >= 1
+    assert sizes.max() - sizes.min() <= 1

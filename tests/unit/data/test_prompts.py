@@ -339,6 +339,16 @@ def test_without_stop_tokens_the_response_stays_as_it_is(write, tokenizer):
     assert tokenizer.decode(example.output_ids) == "ab"
 
 
+def test_given_token_ids_are_learnt_as_they_are(write, tokenizer):
+    path = write(
+        {"id": "a", "sample": 0, "prompt": "q", "response": "text", "output_ids": [5, 7]},
+        {"id": "a", "sample": 1, "prompt": "q", "output_ids": [5, EOS]},
+    )
+    drawn = examples(path, tokenizer).draw(2)
+    assert [example.output_ids for example in drawn] == [(5, 7), (5, EOS)]
+    assert [example.prompt.id for example in drawn] == ["a/0", "a/1"]
+
+
 def test_only_the_prompt_gets_the_tokenizers_start_token(write):
     tokenizer = character_tokenizer(bos=True)
     (example,) = examples(write({"prompt": "q", "response": "a"}), tokenizer).draw(1)
@@ -359,6 +369,10 @@ def test_the_length_limit_of_an_example_is_its_prompts(write, tokenizer):
         ({"prompt": "q"}, "response is None; expected text"),
         ({"prompt": "q", "response": ["a"]}, "response is ['a']; expected text"),
         ({"response": "a"}, "prompt is None; expected text or a list"),
+        ({"prompt": "q", "output_ids": [1.5]}, "output_ids is [1.5]; expected a list of token ids"),
+        ({"prompt": "q", "output_ids": [True]}, "output_ids is [True]; expected a list of token ids"),
+        ({"prompt": "q", "output_ids": [-1]}, "output_ids is [-1]; expected a list of token ids"),
+        ({"prompt": "q", "output_ids": "12"}, "output_ids is 12; expected a list of token ids"),
     ],
 )
 def test_a_bad_example_row_is_named_by_file_and_line(write, tokenizer, bad, problem):

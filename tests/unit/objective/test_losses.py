@@ -1,4 +1,6 @@
-"""The token losses against Eq. 1-3 and 6 of arXiv:2604.10688, gradients worked out by hand in float64."""
+"""The token losses against Eq. 1-3 and 6 of arXiv:2604.10688 and against GRPO's, gradients by hand in
+float64.
+"""
 
 import math
 
@@ -6,13 +8,27 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_scope.objective.losses import TokenTerms, likelihood_loss, scope_loss
+from megatron_scope.config.schema import CorrectPath, ObjectiveConfig, ObjectiveName
+from megatron_scope.objective import build_objective
+from megatron_scope.objective.losses import (
+    TokenTerms,
+    clipped_surrogate,
+    distillation_surrogate,
+    likelihood_loss,
+    policy_gradient_loss,
+)
 
 VOCAB = 7
 LENGTHS = (4, 1, 3, 2, 5)
 CORRECT = (True, False, False, True, False)
 WEIGHTS = (0.3, 0.9, 0.1, 0.7, 1.0)  # of two prompts: responses 0-3 and response 4
 NUM_PROMPTS = 2
+ADVANTAGES = (0.8, -1.1, 0.4, 0.9, -0.6)
+KL_COEFFICIENT = 0.3
+
+scope_loss = build_objective(ObjectiveConfig()).token_loss
+official_loss = build_objective(ObjectiveConfig(correct_path=CorrectPath.LOG_LIKELIHOOD)).token_loss
+LOSSES = [scope_loss, official_loss, likelihood_loss, distillation_surrogate, policy_gradient_loss]
 
 
 class Batch:
@@ -26,7 +42,9 @@ class Batch:
         self.tokens = random.integers(0, VOCAB, total)
         self.teacher = np.log(random.uniform(0.01, 0.9, total))
         self.old = self.current() + random.normal(size=total) * 0.4
+        self.reference = self.current() + random.normal(size=total) * 0.7
         self.correct = np.array(CORRECT)[self.response]
+        self.advantage = np.array(ADVANTAGES)[self.response] / total
         self.coefficient = np.array(WEIGHTS)[self.response] / NUM_PROMPTS
 
     def probabilities(self):
@@ -46,12 +64,19 @@ class Batch:
         """Value, gradient [T, V] and terms of a loss on some rows."""
         logits = torch.tensor(self.logits[rows], dtype=dtype, requires_grad=True)
         tokens = torch.tensor(self.tokens[rows])
+
+        def chosen(values):
+            return torch.tensor(values[rows], dtype=dtype)
+
         terms = TokenTerms(
             logprob=torch.log_softmax(logits, dim=1).gather(1, tokens[:, None])[:, 0],
-            old_logprob=None if old is None else torch.tensor(old[rows], dtype=dtype),
-            teacher_logprob=torch.tensor(np.where(self.correct, 0.0, self.teacher)[rows], dtype=dtype),
-            likelihood=torch.tensor(np.where(self.correct, self.coefficient, 0.0)[rows], dtype=dtype),
-            distill=torch.tensor(np.where(self.correct, 0.0, self.coefficient)[rows], dtype=dtype),
+            old_logprob=None if old is None else chosen(old),
+            teacher_logprob=chosen(np.where(self.correct, 0.0, self.teacher)),
+            reference_logprob=chosen(self.reference),
+            likelihood=chosen(np.where(self.correct, self.coefficient, 0.0)),
+            distill=chosen(np.where(self.correct, 0.0, self.coefficient)),
+            advantage=chosen(self.advantage),
+            reference_kl=chosen(np.full(len(self.tokens), KL_COEFFICIENT / len(self.tokens))),
         )
         value = loss(terms)
         (gradient,) = torch.autograd.grad(value, logits)
@@ -125,7 +150,7 @@ def test_the_incorrect_path_is_a_one_sample_estimator_of_reverse_kl():
     teacher = torch.log_softmax(torch.randn(VOCAB, dtype=torch.float64), dim=0)
     logprobs = torch.log_softmax(logits, dim=0)
     zeros = torch.zeros(VOCAB, dtype=torch.float64)
-    terms = TokenTerms(logprobs, None, teacher, likelihood=zeros, distill=logprobs.exp().detach())
+    terms = TokenTerms(logprobs, None, teacher, zeros, zeros, logprobs.exp().detach(), zeros, zeros)
     (estimated,) = torch.autograd.grad(scope_loss(terms), logits, retain_graph=True)
     kl = (logprobs.exp() * (logprobs - teacher)).sum()
     (exact,) = torch.autograd.grad(kl, logits)
@@ -142,7 +167,74 @@ def test_likelihood_loss_is_weighted_nll_of_correct_tokens_only():
     assert not gradient[~batch.correct].any()
 
 
-@pytest.mark.parametrize("loss", [scope_loss, likelihood_loss])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("clip", [math.inf, 0.2])
+def test_the_policy_gradient_is_grpos_clipped_surrogate_with_the_k3_kl(seed, clip):
+    batch = Batch(seed)
+    value, gradient = batch.run(lambda terms: policy_gradient_loss(terms, clip), old=batch.old)
+    current, score, clipped = batch.current(), batch.score(), 0
+    expected, expected_gradient = 0.0, np.zeros_like(batch.logits)
+    for t, advantage in enumerate(batch.advantage):
+        ratio, c = math.exp(current[t] - batch.old[t]), KL_COEFFICIENT / len(batch.tokens)
+        held = min(max(ratio, 1 - clip), 1 + clip)
+        difference = batch.reference[t] - current[t]
+        expected += -min(ratio * advantage, held * advantage) + c * (math.exp(difference) - difference - 1)
+        # A clipped token has no gradient but the KL's, whose derivative is 1 - exp(difference).
+        moves = ratio * advantage <= held * advantage
+        clipped += not moves
+        expected_gradient[t] = (-ratio * advantage * moves + c * (1 - math.exp(difference))) * score[t]
+    assert (clipped > 0) == (clip < 1)
+    assert value.item() == pytest.approx(expected, rel=1e-12)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-10, atol=1e-14)
+
+
+def test_clipping_holds_a_ratio_only_where_going_on_would_raise_the_surrogate():
+    ratio = torch.tensor([0.5, 0.5, 1.0, 1.5, 1.5], dtype=torch.float64, requires_grad=True)
+    advantage = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0], dtype=torch.float64)
+    surrogate = clipped_surrogate(ratio, advantage, 0.2)
+    assert surrogate.tolist() == [0.5, -0.8, 1.0, 1.2, -1.5]
+    surrogate.sum().backward()
+    assert ratio.grad.tolist() == [1.0, 0.0, 1.0, 0.0, -1.0]
+    assert torch.equal(clipped_surrogate(ratio, advantage), ratio * advantage)
+
+
+def test_scope_may_clip_both_of_its_ratios():
+    batch = Batch()
+    clip = 0.1
+    value, _ = batch.run(build_objective(ObjectiveConfig(ratio_clip=clip)).token_loss, old=batch.old)
+    current, expected = batch.current(), 0.0
+    for t, coefficient in enumerate(batch.coefficient):
+        ratio = math.exp(current[t] - batch.old[t])
+        advantage = 1.0 if batch.correct[t] else batch.teacher[t] - current[t]
+        held = min(max(ratio, 1 - clip), 1 + clip)
+        expected -= coefficient * min(ratio * advantage, held * advantage)
+    assert value.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_official_correct_path_is_plain_log_likelihood_whatever_the_ratio():
+    batch = Batch()
+    value, gradient = batch.run(official_loss, old=batch.old)
+    correct = batch.correct
+    _, of_scope = batch.run(scope_loss, old=batch.old)
+    np.testing.assert_allclose(
+        gradient[correct], -batch.coefficient[correct][:, None] * batch.score()[correct], rtol=1e-12
+    )
+    np.testing.assert_allclose(gradient[~correct], of_scope[~correct], rtol=1e-12, atol=1e-15)
+    incorrect, _ = batch.run(scope_loss, old=batch.old, rows=~correct)
+    nll = -(batch.coefficient * batch.current())[correct].sum()
+    assert value.item() == pytest.approx(nll + incorrect.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", list(ObjectiveName))
+def test_at_the_old_policy_clipping_changes_no_gradient(name):
+    batch = Batch()
+    batch.old = batch.current()
+    _, free = batch.run(build_objective(ObjectiveConfig(name=name)).token_loss, old=batch.old)
+    _, held = batch.run(build_objective(ObjectiveConfig(name=name, ratio_clip=0.2)).token_loss, old=batch.old)
+    np.testing.assert_allclose(held, free, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("old_given", [False, True])
 def test_losses_of_parts_add_up_to_the_loss_of_the_whole(loss, old_given):
     batch = Batch()
@@ -153,7 +245,7 @@ def test_losses_of_parts_add_up_to_the_loss_of_the_whole(loss, old_given):
     np.testing.assert_allclose(np.concatenate([g for _, g in parts]), gradient, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("loss", [scope_loss, likelihood_loss])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_a_micro_batch_without_rows_has_loss_zero_and_can_go_backward(loss):
     value, gradient = Batch().run(loss, rows=slice(0, 0))
     assert value.item() == 0.0 and gradient.shape == (0, VOCAB)
@@ -167,7 +259,7 @@ def test_a_token_on_no_path_has_no_gradient():
     assert gradient[batch.response != 2].any()
 
 
-@pytest.mark.parametrize("loss", [scope_loss, likelihood_loss])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_float32_terms_give_the_float64_result_to_float32_precision(loss):
     batch = Batch()
     value, gradient = batch.run(loss, dtype=torch.float32)

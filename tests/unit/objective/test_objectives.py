@@ -6,20 +6,21 @@ import math
 import numpy as np
 import pytest
 
+from megatron_scope.config import parse_config
 from megatron_scope.config.schema import Aggregation, ObjectiveConfig, ObjectiveName
-from megatron_scope.errors import ConfigError
 from megatron_scope.objective import build_objective
 from megatron_scope.objective.diagnostics import mean_perplexity, one_sided_share, path_spread
-from megatron_scope.objective.losses import likelihood_loss, scope_loss
-from megatron_scope.objective.objectives import aggregate
+from megatron_scope.objective.losses import likelihood_loss
+from megatron_scope.objective.objectives import group_advantages
 from megatron_scope.records import ResponseTable
 
 NAN = math.nan
 
 
-def table(group, correct, num_tokens):
-    tokens = np.array(num_tokens, dtype=np.int64)
-    return ResponseTable(np.array(group, dtype=np.int64), np.array(correct, dtype=bool), tokens, tokens + 3)
+def table(group, correct, num_tokens, update=None):
+    tokens, group = np.array(num_tokens, dtype=np.int64), np.array(group, dtype=np.int64)
+    update = np.zeros_like(group) if update is None else np.array(update, dtype=np.int64)
+    return ResponseTable(group, update, np.array(correct, dtype=bool), tokens, tokens + 3)
 
 
 def of_ppl(values):
@@ -136,7 +137,7 @@ def test_the_student_scores_correct_responses_and_the_teacher_incorrect_ones_onl
     objective = build_objective(ObjectiveConfig())
     assert objective.student_scored(TABLE).tolist() == TABLE.correct.tolist()
     assert objective.teacher_scored(TABLE).tolist() == (~TABLE.correct).tolist()
-    assert objective.token_loss is scope_loss
+    assert not objective.reference_scored(TABLE).any()
 
 
 def test_a_missing_score_is_an_error_and_never_a_weight():
@@ -146,37 +147,115 @@ def test_a_missing_score_is_an_error_and_never_a_weight():
         weigh(student=missing)
 
 
-# ---- sft
+def test_each_update_has_its_own_denominators():
+    """Prompts 0 and 2 in one update, 5 and 9 in the next: B is two in both, weights are as ever."""
+    split = dataclasses.replace(TABLE, update=np.array([0] * 6 + [1] * 4))
+    weighed = weigh(split)
+    assert weighed.weights.tolist() == exactly(WEIGHTS)
+    assert (weighed.coefficients.likelihood + weighed.coefficients.distill).tolist() == exactly(
+        [weight / 2 for weight in WEIGHTS]
+    )
+    by_token = weigh(split, aggregation=Aggregation.TOKEN_MEAN).coefficients
+    assert by_token.likelihood[:6].tolist() == exactly([0.01, 0, 0.03, 0, 0.01, 0.03])  # 25 correct tokens
+    assert by_token.distill[[1, 3]].tolist() == exactly([0.75 / 30, 0.25 / 30])  # 30 tokens
+    assert by_token.distill[6:].tolist() == exactly([0.0125, 0.0125, 0.025, 0.05])  # 20 tokens
 
 
-def test_sft_is_the_mean_over_all_response_tokens_and_needs_no_score():
-    objective = build_objective(ObjectiveConfig(name=ObjectiveName.SFT))
+# ---- the official preset
+
+
+def official(**objective):
+    settings = {"objective": {"preset": "official", **objective}, "rollout": {"temperature": 0.6}}
+    return parse_config(settings, "test").objective
+
+
+def test_the_official_preset_on_a_mixed_group_by_hand():
+    """Student perplexities 2 and 6: reversed, weights 3/4 and 1/4, times the set's size. Teacher's 2 and 6:
+    as in the paper. 7 correct tokens, 12 in all.
+    """
+    mixed = table([4, 4, 4, 4], [True, False, True, False], [2, 4, 5, 1])
+    settings = official()
+    weighed = build_objective(settings).weigh(mixed, of_ppl([2, None, 6, None]), of_ppl([None, 2, None, 6]))
+    assert weighed.weights.tolist() == exactly([1.5, 1.5, 0.5, 0.5])
+    assert weighed.coefficients.likelihood.tolist() == exactly([1.5 / 7, 0, 0.5 / 7, 0])
+    assert weighed.coefficients.distill.tolist() == exactly([0, 1.5 / 12, 0, 0.5 / 12])
+    assert (settings.student_temperature, settings.teacher_temperature) == (0.6, 1.0)
+
+
+def test_the_paper_preset_on_the_same_group_by_hand():
+    mixed = table([4, 4, 4, 4], [True, False, True, False], [2, 4, 5, 1])
+    settings = parse_config({"rollout": {"temperature": 0.6}}, "test").objective
+    weighed = build_objective(settings).weigh(mixed, of_ppl([2, None, 6, None]), of_ppl([None, 2, None, 6]))
+    assert weighed.weights.tolist() == exactly([0.25, 0.75, 0.75, 0.25])
+    assert weighed.coefficients.likelihood.tolist() == exactly([0.25, 0, 0.75, 0])
+    assert weighed.coefficients.distill.tolist() == exactly([0, 0.75, 0, 0.25])
+    assert (settings.student_temperature, settings.teacher_temperature) == (1.0, 1.0)
+
+
+# ---- opd
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        ("sequence_sum", [1 / 16] * 4 + [1 / 8] * 2 + [1 / 12] * 3 + [1 / 4]),  # 1 / (B N)
+        ("sequence_mean", [1 / 32, 1 / 64, 1 / 80, 1 / 16, 1 / 80, 1 / 64, 1 / 36, 1 / 24, 1 / 72, 1 / 36]),
+        ("token_mean", [1 / 50] * 10),
+    ],
+)
+def test_opd_counts_all_responses_of_a_prompt_alike(aggregation, expected):
+    objective = build_objective(ObjectiveConfig(name=ObjectiveName.OPD, aggregation=Aggregation(aggregation)))
+    coefficients = objective.weigh(TABLE, np.full(10, NAN), TEACHER).coefficients
+    assert coefficients.distill.tolist() == exactly(expected)
+    assert not coefficients.likelihood.any() and not coefficients.advantage.any()
+    assert objective.teacher_scored(TABLE).all() and not objective.student_scored(TABLE).any()
+
+
+# ---- grpo
+
+
+def test_grpo_standardises_rewards_within_a_group():
+    """Rewards 1, 0, 1, 0: mean 1/2, standard deviation with n - 1: sqrt(1/3)."""
+    half = 0.5 / (math.sqrt(1 / 3) + 1e-6)
+    assert group_advantages(TABLE).tolist() == exactly([half, -half, half, -half] + [0.0] * 6)
+    one_of_four = table([7, 7, 7, 7], [False, True, False, False], [1, 1, 1, 1])
+    std = 0.5  # sqrt((3 * 0.25^2 + 0.75^2) / 3)
+    assert group_advantages(one_of_four).tolist() == exactly(
+        [value / (std + 1e-6) for value in (-0.25, 0.75, -0.25, -0.25)]
+    )
+
+
+@pytest.mark.parametrize("kl_coefficient", [0.0, 0.02])
+def test_grpo_is_a_global_token_mean_of_advantages_and_of_the_kl(kl_coefficient):
+    settings = parse_config(
+        {"objective": {"name": "grpo", "kl_coefficient": kl_coefficient}}, "test"
+    ).objective
+    assert (settings.aggregation, settings.ratio_clip) == (Aggregation.TOKEN_MEAN, 0.2)
+    objective = build_objective(settings)
+    none = np.full(10, NAN)
+    weighed = objective.weigh(TABLE, none, none)
+    assert weighed.weights.tolist() == group_advantages(TABLE).tolist()
+    assert weighed.coefficients.advantage.tolist() == exactly((group_advantages(TABLE) / 50).tolist())
+    assert weighed.coefficients.reference_kl.tolist() == exactly([kl_coefficient / 50] * 10)
+    assert objective.reference_scored(TABLE).all() == (kl_coefficient > 0)
+    assert not objective.student_scored(TABLE).any() and not objective.teacher_scored(TABLE).any()
+
+
+# ---- sft and kd
+
+
+@pytest.mark.parametrize("name", ["sft", "kd"])
+def test_given_responses_count_token_by_token_and_need_no_score(name):
+    objective = build_objective(parse_config({"objective": {"name": name}}, "test").objective)
     given = table([0, 1, 2], [True] * 3, [2, 5, 3])
     none = np.full(3, NAN)
     weighed = objective.weigh(given, none, none)
     assert weighed.weights.tolist() == [1.0, 1.0, 1.0]
     assert weighed.coefficients.likelihood.tolist() == exactly([0.1, 0.1, 0.1])
     assert weighed.coefficients.distill.tolist() == [0.0, 0.0, 0.0]
-    assert not objective.student_scored(given).any() and not objective.teacher_scored(given).any()
-    assert objective.student_scored(given).dtype == bool and objective.student_scored(given).shape == (3,)
+    for mask in (objective.student_scored, objective.teacher_scored, objective.reference_scored):
+        assert mask(given).dtype == bool and mask(given).shape == (3,) and not mask(given).any()
     assert objective.token_loss is likelihood_loss
-
-
-@pytest.mark.parametrize("name", [ObjectiveName.OPD, ObjectiveName.GRPO, ObjectiveName.KD])
-def test_an_objective_that_is_not_there_is_refused(name):
-    with pytest.raises(ConfigError, match=f"objective.name is {name.value}, .*use scope or sft"):
-        build_objective(ObjectiveConfig(name=name))
-
-
-# ---- aggregate
-
-
-def test_aggregate_puts_each_response_on_its_own_path():
-    weights = np.ones(len(TABLE))
-    for aggregation in Aggregation:
-        coefficients = aggregate(weights, TABLE, aggregation)
-        assert ((coefficients.likelihood > 0) == TABLE.correct).all()
-        assert ((coefficients.distill > 0) == ~TABLE.correct).all()
 
 
 # ---- diagnostics
@@ -201,6 +280,17 @@ def test_path_spread_does_not_depend_on_the_scale_of_the_weights():
 def test_path_spread_of_a_weight_that_is_zero_is_finite():
     spread = path_spread(table([0, 0], [True, True], [1, 1]), np.array([1.0, 0.0]), correct=True)
     assert (spread.entropy, spread.effective_sample_size) == (0.0, 1.0)
+
+
+def test_path_spread_of_signed_advantages_is_nan():
+    spread = path_spread(table([0, 0], [True, False], [1, 1]), np.array([0.7, -0.7]), correct=True)
+    assert math.isnan(spread.entropy) and math.isnan(spread.effective_sample_size)
+
+
+def test_path_spread_leaves_out_sets_without_weight():
+    given = table([0, 0, 1, 1], [True] * 4, [1] * 4)
+    spread = path_spread(given, np.array([0.0, 0.0, 0.5, 0.5]), correct=True)
+    assert spread.effective_sample_size == exactly(2.0)
 
 
 def test_path_spread_of_an_empty_path_is_nan():

@@ -1,0 +1,101 @@
+"""Forward-only passes: the log-probs of response tokens under one model, kept by response."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_scope.backend.model import StageModel
+from megatron_scope.backend.schedule import run, token_statistics
+from megatron_scope.backend.setup import Ranks
+from megatron_scope.records import MicroBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Per-token log-probs of this replica's scored responses, by canonical index; float32 [|y|], on the last
+    stage only.
+    """
+
+    by_response: dict[int, np.ndarray]
+
+    def rows(self, micro_batch: MicroBatch) -> np.ndarray:
+        """The micro-batch's rows, float32 [R]; 0 where the response was not scored."""
+        out = np.zeros(len(micro_batch.rows), dtype=np.float32)
+        for index, rows in response_rows(micro_batch):
+            if index in self.by_response:
+                out[rows] = self.by_response[index]
+        return out
+
+    def has(self, micro_batch: MicroBatch) -> np.ndarray:
+        """Which of the micro-batch's rows were scored, bool [R]."""
+        return np.isin(micro_batch.response, list(self.by_response))
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownLogprobs:
+    """Per-token log-probs that the update reads: the teacher's, the initial student's (`reference`), and the
+    student's own at the start of the step (`old`; None where they are still the current ones).
+    """
+
+    teacher: TokenLogprobs
+    reference: TokenLogprobs
+    old: TokenLogprobs | None
+
+
+def response_rows(micro_batch: MicroBatch) -> Iterator[tuple[int, slice]]:
+    """Each response of a micro-batch with the slice of its rows."""
+    response = micro_batch.response
+    edges = np.concatenate([[0], np.flatnonzero(np.diff(response)) + 1, [len(response)]])
+    if len(response):
+        for start, stop in itertools.pairwise(edges):
+            yield int(response[start]), slice(int(start), int(stop))
+
+
+def score(
+    stage: StageModel,
+    micro_batches: Sequence[MicroBatch],
+    ranks: Ranks,
+    temperature: float,
+    *,
+    stop_token_id: int | None = None,
+) -> TokenLogprobs:
+    """Forward-only pass: the log-probs of every response token of `micro_batches` at a temperature, in
+    nats.
+
+    With `stop_token_id` the stop token of a response is scored as that one, whichever ended it.
+    """
+    if not micro_batches:
+        return TokenLogprobs({})
+
+    def logprobs(micro_batch: MicroBatch, hidden: Tensor) -> tuple[MicroBatch, np.ndarray]:
+        targets = micro_batch.targets
+        if stop_token_id is not None:
+            targets = np.where(micro_batch.stop, stop_token_id, targets)
+        stats = token_statistics(stage, ranks, hidden, targets, temperature)
+        return micro_batch, stats.logprob.float().cpu().numpy()
+
+    results = run(stage.module, micro_batches, ranks, logprobs, backward=False)
+    return TokenLogprobs(
+        {index: values[rows] for micro_batch, values in results for index, rows in response_rows(micro_batch)}
+    )
+
+
+def mean_logprobs(scores: TokenLogprobs, num_responses: int, ranks: Ranks) -> np.ndarray:
+    """Mean log-prob of each scored response, float64 [N] on every rank; NaN where not scored or not
+    finite.
+    """
+    total = torch.zeros(num_responses, 2, dtype=torch.float64)
+    if ranks.speaks_for_scores:
+        for index, values in scores.by_response.items():
+            total[index, 0] = float(values.astype(np.float64).mean())
+            total[index, 1] = 1.0
+    dist.all_reduce(total, group=ranks.world_group)
+    scored = total[:, 1] > 0
+    return torch.where(scored, total[:, 0], float("nan")).numpy()

@@ -1,0 +1,25 @@
+"""What the objective of a config asks for."""
+
+from __future__ import annotations
+
+from megatron_scope.config.schema import Config, ObjectiveName
+
+
+def draws_responses(config: Config) -> bool:
+    """Whether the student's own responses are learnt from, rather than responses given in `data.train`."""
+    return config.objective.name not in (ObjectiveName.SFT, ObjectiveName.KD)
+
+
+def needs_teacher(config: Config) -> bool:
+    """Whether the objective asks a teacher at all."""
+    return config.objective.name in (ObjectiveName.SCOPE, ObjectiveName.OPD)
+
+
+def needs_reference(config: Config) -> bool:
+    """Whether the student as it was before training is kept as a third model."""
+    return config.objective.name is ObjectiveName.GRPO and config.objective.kl_coefficient > 0
+
+
+def needs_old_logprobs(config: Config) -> bool:
+    """Whether pi_old must be kept: after a step's first update the student is not what it was (Eq. 1)."""
+    return draws_responses(config) and config.train.updates_per_batch > 1

@@ -1,0 +1,99 @@
+"""The score stage: which model reads which responses before a step's update, and what is kept of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from megatron_scope.backend.model import StageModel
+from megatron_scope.backend.scoring import KnownLogprobs, TokenLogprobs, mean_logprobs, score
+from megatron_scope.backend.setup import Ranks
+from megatron_scope.config import Config
+from megatron_scope.config.needs import needs_old_logprobs
+from megatron_scope.errors import ScoringError
+from megatron_scope.objective import Objective
+from megatron_scope.records import MicroBatch, Response, ResponseTable
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Mean log-probs that the objective asks for (float64 [N], NaN elsewhere) and this replica's log-probs
+    per token.
+    """
+
+    student_mean: np.ndarray
+    teacher_mean: np.ndarray
+    known: KnownLogprobs
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """The models of a run that score responses, on one rank; `pack` makes micro-batches."""
+
+    config: Config
+    ranks: Ranks
+    objective: Objective
+    pack: Callable[[Sequence[Response]], list[MicroBatch]]
+    student: StageModel
+    teacher: StageModel | None
+    reference: StageModel | None
+
+    def score(
+        self, responses: Sequence[Response], table: ResponseTable, names: Sequence[str] | None
+    ) -> Scores:
+        """What the objective must know before the update. SCOPE: student log-probs of the correct responses
+        and teacher log-probs of the incorrect ones only (Eq. 4, 5).
+
+        `responses` are this replica's, `table` and `names` (for messages, on rank 0) are of all. Raises
+        ScoringError, on every rank, for a log-prob that is not finite.
+        """
+        settings, objective = self.config.objective, self.objective
+        for_weights = objective.student_scored(table)
+        keeps_old = needs_old_logprobs(self.config)
+        everybody = np.ones(len(table), dtype=bool)
+
+        def scored(name: str, stage: StageModel | None, mask: np.ndarray, temperature: float):
+            tokens = self.token_logprobs(stage, responses, mask, temperature)
+            mean = mean_logprobs(tokens, len(table), self.ranks)
+            _check_finite(name, mean, mask, names)
+            return tokens, mean
+
+        student, student_mean = scored(
+            "student", self.student, everybody if keeps_old else for_weights, settings.student_temperature
+        )
+        teacher, teacher_mean = scored(
+            "teacher", self.teacher, objective.teacher_scored(table), settings.teacher_temperature
+        )
+        reference, _ = scored(
+            "initial student",
+            self.reference,
+            objective.reference_scored(table),
+            settings.student_temperature,
+        )
+        return Scores(
+            np.where(for_weights, student_mean, np.nan),
+            teacher_mean,
+            KnownLogprobs(teacher, reference, student if keeps_old else None),
+        )
+
+    def token_logprobs(
+        self, stage: StageModel | None, responses: Sequence[Response], mask: np.ndarray, temperature: float
+    ) -> TokenLogprobs:
+        """A model's log-probs of the responses in `mask`, bool [N]; nothing without a model."""
+        if stage is None:
+            return TokenLogprobs({})
+        chosen = [response for response in responses if mask[response.index]]
+        stop = self.config.teacher.stop_token_id if stage is self.teacher else None
+        return score(stage, self.pack(chosen), self.ranks, temperature, stop_token_id=stop)
+
+
+def _check_finite(model: str, mean: np.ndarray, mask: np.ndarray, names: Sequence[str] | None) -> None:
+    bad = np.flatnonzero(mask & ~np.isfinite(mean))
+    if len(bad):
+        name = names[bad[0]] if names else f"response {bad[0]}"
+        raise ScoringError(
+            f"the {model}'s log-probs are not finite for {len(bad)} responses, the first of them {name}; "
+            f"no score is made up for them. Check the {model}'s weights (inf or NaN?) and train.precision"
+        )

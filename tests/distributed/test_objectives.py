@@ -1,0 +1,290 @@
+"""Every objective through the trainer: its loss and full gradient equal the float64 oracle's, whatever the
+layout and packing (float32).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.helpers import oracles
+from tests.helpers.models import CHARACTERS, read_weights, save_llama, save_qwen2
+from tests.helpers.rollouts import random_rows, write_rows
+
+VOCAB = len(CHARACTERS)
+ROWS = random_rows(num_prompts=6, num_samples=4, vocab_size=VOCAB, seed=5)
+for _row in ROWS[::5]:
+    _row["finish_reason"] = "length"
+TRAIN = "tests.helpers.jobs:train"
+
+OBJECTIVES: dict[str, tuple[dict[str, Any], oracles.Loss]] = {
+    "scope": ({}, oracles.scope()),
+    "tau": ({"tau": 0.5}, oracles.scope(2.0, -2.0)),
+    "without student weights": ({"student_exponent": 0}, oracles.scope(student_power=0.0)),
+    "without teacher weights": ({"teacher_exponent": 0}, oracles.scope(teacher_power=0.0)),
+    "opposite student": ({"student_exponent": -1}, oracles.scope(student_power=-1.0)),
+    "opposite teacher": ({"teacher_exponent": 1}, oracles.scope(teacher_power=1.0)),
+    "official": ({"preset": "official"}, oracles.official),
+    "opd": ({"name": "opd"}, oracles.opd),
+    "grpo": ({"name": "grpo", "kl_coefficient": 0.5}, oracles.grpo(0.2, 0.5)),
+}
+LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
+    "one response a micro-batch": (1, {}, 1),
+    "dp2 packed": (2, {}, 4096),
+    "tp2-pp2": (4, {"tensor": 2, "pipeline": 2}, 30),
+    "tp2-pp2-sp": (4, {"tensor": 2, "pipeline": 2, "sequence": True}, 64),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tied Qwen2 student and an untied Llama teacher of another depth, width and table length."""
+    root = tmp_path_factory.mktemp("models")
+    student = save_qwen2(root / "student", seed=1, rows=VOCAB + 3)
+    return student, save_llama(root / "teacher", seed=2, hidden_size=32)
+
+
+@pytest.fixture
+def settings(models: tuple[Path, Path], tmp_path: Path) -> dict[str, Any]:
+    return {
+        "run": {
+            "output_dir": str(tmp_path / "run"),
+            "steps": 1,
+            "dump_gradients": str(tmp_path / "gradient.safetensors"),
+        },
+        "student": {"hf": str(models[0])},
+        "teacher": {"hf": str(models[1])},
+        "rollout": {
+            "engine": "replay",
+            "file": str(write_rows(tmp_path / "rows.jsonl", ROWS)),
+            "temperature": 0.7,
+        },
+        "train": {"precision": "float32", "micro_batch_tokens": 64},
+        "optimizer": {"lr": 1e-3},
+        "checkpoint": {"every": 0},
+    }
+
+
+def changed(settings: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
+    return {**settings, **{name: {**settings.get(name, {}), **values} for name, values in sections.items()}}
+
+
+def batch_of(
+    objective: dict[str, Any], rows: list[dict[str, Any]], student: Any, teacher: Any, old: Any = None
+) -> oracles.Batch:
+    """The rows as an update reads them; `old` is the student at the start of the step and of the run."""
+    temperature = 0.7 if objective.get("preset") == "official" else 1.0
+    # Without a teacher, nothing narrows the student's own table.
+    vocab = VOCAB + 3 if objective.get("name") == "grpo" else VOCAB
+    ours = [oracles.logprobs(student, row, vocab, temperature) for row in rows]
+    with torch.no_grad():
+        before = [oracles.logprobs(old or student, row, vocab, temperature) for row in rows]
+        theirs = [oracles.logprobs(teacher, row, VOCAB) for row in rows]
+    return oracles.Batch(rows, ours, before, theirs, reference=before)
+
+
+@pytest.fixture(scope="module")
+def expected(models: tuple[Path, Path]) -> dict[str, tuple[float, dict[str, torch.Tensor]]]:
+    """Loss and gradient of every objective."""
+    found = {}
+    teacher = oracles.load(models[1])
+    for name, (objective, loss_of) in OBJECTIVES.items():
+        student = oracles.load(models[0])
+        loss = loss_of(batch_of(objective, ROWS, student, teacher))
+        loss.backward()
+        found[name] = (loss.item(), oracles.gradients(student))
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_loss_and_gradient_equal_the_oracles(pool, settings, expected, tmp_path, name, layout):
+    num_ranks, parallel, micro_batch_tokens = LAYOUTS[layout]
+    settings = changed(
+        settings,
+        objective=OBJECTIVES[name][0],
+        parallel=parallel,
+        train={"micro_batch_tokens": micro_batch_tokens, "path_gradients_every": 0},
+    )
+    (row,) = pool(num_ranks).run(TRAIN, settings)[0]
+    loss, gradient = expected[name]
+    assert oracles.relative_l2(load_file(tmp_path / "gradient.safetensors"), gradient) < 1e-5
+    assert row["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-7)  # GRPO's is zero, but for rounding
+    assert row["grad_norm"] == pytest.approx(oracles.norm(gradient), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sft", "kd"])
+def test_given_responses_equal_the_oracle(pool, models, settings, tmp_path, name):
+    given = [
+        {"prompt": "".join(CHARACTERS[i] for i in row["prompt_ids"]), "output_ids": row["output_ids"]}
+        for row in ROWS
+    ]
+    settings = changed(
+        settings,
+        data={"train": str(write_rows(tmp_path / "given.jsonl", given)), "prompt_template": "{prompt}"},
+        objective={"name": name},
+        rollout={"prompts_per_step": len(ROWS)},
+        parallel={"tensor": 2, "pipeline": 2},
+    )
+    (row,) = pool(4).run(TRAIN, settings)[0]
+    student = oracles.load(models[0])
+    logprobs = [oracles.logprobs(student, given_row, VOCAB + 3) for given_row in ROWS]
+    loss = oracles.nll(oracles.Batch(ROWS, logprobs, [], [], []))
+    loss.backward()
+    gradient = load_file(tmp_path / "gradient.safetensors")
+    assert oracles.relative_l2(gradient, oracles.gradients(student)) < 1e-5
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["scope", "official", "opd", "grpo"])
+def test_the_norm_of_each_paths_gradient_is_measured_without_changing_the_update(
+    pool, models, settings, tmp_path, name
+):
+    settings = changed(settings, objective=OBJECTIVES[name][0], parallel={"tensor": 2})
+    (plain,) = pool(2).run(TRAIN, settings)[0]
+    assert plain["grad_norm_correct"] is None and plain["grad_norm_incorrect"] is None
+    (row,) = pool(2).run(TRAIN, changed(settings, train={"path_gradients_every": 1}))[0]
+    assert row["grad_norm"] == plain["grad_norm"]
+    teacher = oracles.load(models[1])
+    for correct, key in ((True, "grad_norm_correct"), (False, "grad_norm_incorrect")):
+        student = oracles.load(models[0])
+        batch = batch_of(OBJECTIVES[name][0], ROWS, student, teacher)
+        # Other responses keep their place in every denominator but are cut off from the gradient.
+        ours = [
+            value if row["correct"] == correct else value.detach()
+            for row, value in zip(ROWS, batch.student, strict=True)
+        ]
+        cut = oracles.Batch(ROWS, ours, batch.old, batch.teacher, batch.reference)
+        OBJECTIVES[name][1](cut).backward()
+        assert row[key] == pytest.approx(oracles.norm(oracles.gradients(student)), rel=1e-5)
+
+
+# ---- several updates a step
+
+
+# A large epsilon keeps Adam's update smooth where a gradient is nearly zero.
+OPTIMIZER = {"lr": 2e-2, "eps": 1e-2, "weight_decay": 0.01, "clip_grad": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "parallel"),
+    [(1, {}), (4, {"tensor": 2, "pipeline": 2}), (2, {})],
+    ids=["one", "tp2-pp2", "dp2"],
+)
+@pytest.mark.parametrize(
+    ("objective", "loss_of"),
+    [
+        ({}, oracles.scope()),
+        ({"name": "opd"}, oracles.opd),
+        ({"preset": "official"}, oracles.official),
+        ({"name": "grpo", "kl_coefficient": 0.5, "ratio_clip": 0.05}, oracles.grpo(0.05, 0.5)),
+    ],
+    ids=["scope", "opd", "official", "grpo"],
+)
+def test_two_updates_equal_two_rolled_by_hand(
+    pool, models, settings, tmp_path, objective, loss_of, num_ranks, parallel
+):
+    settings = changed(
+        settings,
+        objective=objective,
+        parallel=parallel,
+        optimizer=OPTIMIZER,
+        train={"updates_per_batch": 2},
+    )
+    (row,) = pool(num_ranks).run(TRAIN, settings)[0]
+    start, student, teacher = oracles.load(models[0]), oracles.load(models[0]), oracles.load(models[1])
+    adam = torch.optim.AdamW(student.parameters(), lr=2e-2, betas=(0.9, 0.95), eps=1e-2, weight_decay=0.01)
+    losses, norms, ratios = [], [], [np.ones(1)]
+    for prompts in (("p0", "p1", "p2"), ("p3", "p4", "p5")):
+        rows = [row for row in ROWS if row["prompt_id"] in prompts]
+        adam.zero_grad()
+        batch = batch_of(objective, rows, student, teacher, old=start)
+        loss = loss_of(batch)
+        loss.backward()
+        losses.append(loss.item())
+        norms.append(float(torch.nn.utils.clip_grad_norm_(student.parameters(), 0.5)))
+        ratios += [batch.ratio(i).detach().numpy() for i in range(len(rows))]
+        adam.step()
+    assert max(abs(np.concatenate(ratios) - 1)) > 0.1  # the second update is no longer on the old policy
+    moved = {name: value.detach() for name, value in student.named_parameters()}
+    begun = {name: value.detach() for name, value in start.named_parameters()}
+    found = read_weights(tmp_path / "run" / "hf")
+    assert (
+        oracles.relative_l2(
+            {name: found[name].double() - begun[name] for name in begun},
+            {name: moved[name] - begun[name] for name in begun},
+        )
+        < 1e-4
+    )
+    assert row["updates"] == 2
+    assert row["loss"] == pytest.approx(np.mean(losses), rel=1e-4, abs=1e-6)
+    assert row["grad_norm"] == pytest.approx(np.mean(norms), rel=1e-4)
+    assert row["ratio_max"] == pytest.approx(np.concatenate(ratios).max(), rel=1e-4)
+    if "ratio_clip" in objective:
+        clipped = abs(np.concatenate(ratios[1:]) - 1) > 0.05
+        assert row["ratio_clipped"] == pytest.approx(clipped.mean())
+        assert row["kl_reference"] > 0
+
+
+def test_one_update_has_a_ratio_of_one_and_needs_no_extra_pass(pool, settings):
+    (row,) = pool(1).run(TRAIN, settings)[0]
+    assert (row["updates"], row["ratio_max"], row["ratio_clipped"]) == (1, 1.0, 0.0)
+
+
+def test_more_updates_than_prompts_make_one_a_prompt(pool, settings):
+    (row,) = pool(2).run(TRAIN, changed(settings, train={"updates_per_batch": 100}))[0]
+    assert row["updates"] == 6
+
+
+# ---- what teacher and student call the end
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "parallel"), [(1, {}), (4, {"tensor": 2, "pipeline": 2})], ids=["one", "tp2-pp2"]
+)
+def test_the_teachers_own_stop_token_stands_for_the_students(
+    pool, models, settings, tmp_path, num_ranks, parallel
+):
+    theirs = 7
+    settings = changed(settings, teacher={"stop_token_id": theirs}, parallel=parallel)
+    (row,) = pool(num_ranks).run(TRAIN, settings)[0]
+    student, teacher = oracles.load(models[0]), oracles.load(models[1])
+    batch = batch_of({}, ROWS, student, teacher)
+    log_ratios = []
+    for i, given in enumerate(ROWS):
+        if given["finish_reason"] != "stop":
+            continue
+        renamed = {**given, "output_ids": [*given["output_ids"][:-1], theirs]}
+        batch.teacher[i][-1] = oracles.logprobs(teacher, renamed, VOCAB)[-1].detach()
+        if not given["correct"]:
+            log_ratios.append(float(batch.student[i][-1].detach() - batch.teacher[i][-1]))
+    oracles.scope()(batch).backward()
+    gradient = load_file(tmp_path / "gradient.safetensors")
+    assert oracles.relative_l2(gradient, oracles.gradients(student)) < 1e-5
+    assert row["stop_log_ratio"] == pytest.approx(np.mean(log_ratios), rel=1e-4)
+
+
+def test_a_mismatch_of_stop_tokens_shows_in_its_log_ratio(pool, models, settings):
+    (row,) = pool(1).run(TRAIN, settings)[0]
+    student, teacher = oracles.load(models[0]), oracles.load(models[1])
+    batch = batch_of({}, ROWS, student, teacher)
+    log_ratios = [
+        float(batch.student[i][-1].detach() - batch.teacher[i][-1])
+        for i, given in enumerate(ROWS)
+        if given["finish_reason"] == "stop" and not given["correct"]
+    ]
+    assert row["stop_log_ratio"] == pytest.approx(np.mean(log_ratios), rel=1e-4)
+
+
+def test_an_objective_without_a_teacher_reports_no_teacher_numbers(pool, settings):
+    (row,) = pool(1).run(TRAIN, changed(settings, objective={"name": "grpo"}, teacher={"hf": None}))[0]
+    for key in ("kl_correct", "kl_incorrect", "stop_log_ratio", "teacher_ppl_incorrect"):
+        assert row[key] is None
+    assert row["kl_reference"] == pytest.approx(0.0, abs=1e-9)
+    assert math.isfinite(row["nll_correct"])
