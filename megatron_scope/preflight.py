@@ -6,11 +6,16 @@ import dataclasses
 from pathlib import Path
 
 from megatron_scope.config.needs import draws_responses, needs_teacher
-from megatron_scope.config.schema import Config, Engine, ModelConfig
+from megatron_scope.config.schema import Config, DataConfig, Engine, ModelConfig
 from megatron_scope.convert.hf_folder import HfFolder
 from megatron_scope.convert.mapping import check_names
 from megatron_scope.convert.shape import check_layout, padded_vocab_size, spread_layers
-from megatron_scope.data.tokenizer import check_same_tokens, check_template, load_tokenizer
+from megatron_scope.data.tokenizer import (
+    check_same_tokens,
+    check_template,
+    load_tokenizer,
+    stop_token_ids,
+)
 from megatron_scope.errors import ConfigError, DataError
 
 
@@ -67,6 +72,25 @@ def check_files(config: Config) -> None:
     if not replayed:
         check_template(config.data, tokenizer, str(config.student.hf))
         _check_lengths(config)
+
+
+def warnings_of(config: Config) -> list[str]:
+    """What will run but probably not as meant, one line each; call it after `check_files`."""
+    if not needs_teacher(config) or config.teacher.stop_token_id is not None:
+        return []
+    folders = str(config.student.hf), str(config.teacher.hf)
+    student, teacher = (load_tokenizer(folder) for folder in folders)
+    ours = stop_token_ids(config.data, folders[0], student)
+    theirs = stop_token_ids(DataConfig(), folders[1], teacher)
+    strange = [token_id for token_id in ours if token_id not in theirs]
+    if not strange or not theirs:
+        return []
+    end = student.convert_ids_to_tokens(strange[0])
+    return [
+        f"responses may end in {end!r} (id {strange[0]}), but the teacher's end in "
+        f"{teacher.convert_ids_to_tokens(theirs[0])!r}: it would teach the student not to stop. Set "
+        f"teacher.stop_token_id={theirs[0]}, and watch stop_log_ratio in metrics.jsonl"
+    ]
 
 
 def _check_outside_run(config: Config, inputs: dict[str, str | None]) -> None:

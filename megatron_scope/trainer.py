@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from megatron_scope.data.batching import assign_replicas, empty_micro_batch, pac
 from megatron_scope.metrics import StageClock, step_metrics
 from megatron_scope.objective import build_objective
 from megatron_scope.objective.objectives import WeighedResponses
-from megatron_scope.preflight import check_files, max_positions, vocabulary
+from megatron_scope.preflight import check_files, max_positions, vocabulary, warnings_of
 from megatron_scope.progress import Progress
 from megatron_scope.records import (
     MicroBatch,
@@ -71,7 +72,7 @@ class Trainer:
         self.ranks = ranks
         self.folder = RunFolder(str(config.run.output_dir))
         self.objective = build_objective(config.objective)
-        on_rank_zero(ranks, lambda: check_files(config))
+        on_rank_zero(ranks, lambda: _check_and_warn(config))
         self.resume = resume
         self.vocabulary = vocabulary(config)
         self.student: Trainable = make_trainable(
@@ -318,6 +319,12 @@ class Trainer:
 
         on_rank_zero(self.ranks, restore_data)
         return state["step"]
+
+
+def _check_and_warn(config: Config) -> None:
+    check_files(config)
+    for warning in warnings_of(config):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def _or_none(value: float) -> float | None:
