@@ -129,6 +129,8 @@ def _transformer_config(
         layernorm_epsilon=shape.norm_epsilon,
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
+        # Also makes Megatron sum the two norms' gradients over the tensor ranks: each has some heads only.
+        qk_layernorm=shape.qk_norm,
         gated_linear_unit=True,
         activation_func=F.silu,
         hidden_dropout=0.0,

@@ -41,6 +41,7 @@ class ModelShape:
     rope_scaling: RopeScaling | None
     tied_embeddings: bool
     qkv_bias: bool
+    qk_norm: bool  # an RMS norm of each query and key head over head_dim, before the rotation
 
     def inverse_frequencies(self) -> Tensor:
         """Rotary inverse frequencies, float32 [head_dim / 2]; rounded as transformers and SGLang round

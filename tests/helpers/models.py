@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 CHARACTERS = "0123456789=+$ abcdefghijklmnopqrstuvwxyz"
 END = "$"
@@ -52,6 +60,26 @@ def save_qwen2(folder: Path, *, seed: int = 0, rows: int = VOCAB_SIZE, **sizes: 
         }
     )
     return _save(Qwen2ForCausalLM, config, folder, seed)
+
+
+def save_qwen3(folder: Path, *, seed: int = 0, rows: int = VOCAB_SIZE, **sizes: Any) -> Path:
+    """A Qwen3 with norms on its query and key heads, head_dim unlike hidden / heads, untied output table."""
+    config = Qwen3Config(
+        **{
+            "vocab_size": rows,
+            "hidden_size": 22,
+            "intermediate_size": 38,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 10,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": False,
+            "eos_token_id": CHARACTERS.index(END),
+            **sizes,
+        }
+    )
+    return _save(Qwen3ForCausalLM, config, folder, seed)
 
 
 def save_llama(folder: Path, *, seed: int = 0, rows: int = VOCAB_SIZE, **sizes: Any) -> Path:

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_scope.convert.families import llama, qwen2
+from megatron_scope.convert.families import llama, qwen2, qwen3
 from megatron_scope.convert.families.base import Family
 from megatron_scope.errors import DataError
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, qwen2.FAMILY)
+FAMILIES: tuple[Family, ...] = (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
 
 
 def family_of(config: dict[str, Any], source: str) -> Family:

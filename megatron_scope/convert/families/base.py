@@ -81,11 +81,31 @@ def dense_decoder_rules(shape: ModelShape) -> tuple[Rule, ...]:
                 QKV(),
             )
         )
+    if shape.qk_norm:
+        rules += [
+            Rule(
+                f"{_LAYER}self_attention.{name}_layernorm.weight",
+                (f"{_HF_LAYER}self_attn.{name}_norm.weight",),
+                Replicated(),
+            )
+            for name in "qk"
+        ]
     return tuple(rules)
 
 
-def read_dense_shape(config: dict[str, Any], source: str, *, qkv_bias: bool) -> ModelShape:
-    """The sizes that Llama-like config.json files share; DataError names what is missing or not supported."""
+def read_dense_shape(
+    config: dict[str, Any],
+    source: str,
+    *,
+    qkv_bias: bool,
+    qk_norm: bool,
+    default_head_dim: int | None = None,
+) -> ModelShape:
+    """The sizes that Llama-like config.json files share; DataError names what is missing or not supported.
+
+    A config.json without head_dim means `default_head_dim`, or hidden_size / num_attention_heads where that
+    is None.
+    """
     _refuse_unsupported(config, source)
     rope = rope_settings(config)
     try:
@@ -96,7 +116,7 @@ def read_dense_shape(config: dict[str, Any], source: str, *, qkv_bias: bool) -> 
             ffn_hidden_size=config["intermediate_size"],
             num_attention_heads=heads,
             num_query_groups=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            head_dim=config.get("head_dim") or default_head_dim or config["hidden_size"] // heads,
             vocab_rows=config["vocab_size"],
             max_positions=config["max_position_embeddings"],
             norm_epsilon=config["rms_norm_eps"],
@@ -104,6 +124,7 @@ def read_dense_shape(config: dict[str, Any], source: str, *, qkv_bias: bool) -> 
             rope_scaling=_rope_scaling(rope, source),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
         )
     except KeyError as missing:
         raise DataError(
@@ -118,6 +139,9 @@ def _refuse_unsupported(config: dict[str, Any], source: str) -> None:
         raise DataError(
             f"{source}: use_sliding_window is true; sliding-window attention is not supported yet"
         )
+    for kind in config.get("layer_types") or ():
+        if kind != "full_attention":
+            raise DataError(f"{source}: layer_types has {kind!r}; supported: full_attention")
     if config.get("hidden_act", "silu") != "silu":
         raise DataError(f"{source}: hidden_act is {config['hidden_act']!r}; supported: silu")
     for key in ("attention_bias", "mlp_bias"):

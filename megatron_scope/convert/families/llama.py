@@ -6,6 +6,6 @@ from megatron_scope.convert.families.base import Family, dense_decoder_rules, re
 
 FAMILY = Family(
     architecture="LlamaForCausalLM",
-    read_shape=partial(read_dense_shape, qkv_bias=False),
+    read_shape=partial(read_dense_shape, qkv_bias=False, qk_norm=False),
     rules=dense_decoder_rules,
 )

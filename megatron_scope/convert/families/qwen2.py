@@ -8,6 +8,6 @@ from megatron_scope.convert.families.base import Family, dense_decoder_rules, re
 
 FAMILY = Family(
     architecture="Qwen2ForCausalLM",
-    read_shape=partial(read_dense_shape, qkv_bias=True),
+    read_shape=partial(read_dense_shape, qkv_bias=True, qk_norm=False),
     rules=dense_decoder_rules,
 )

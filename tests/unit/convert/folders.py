@@ -19,6 +19,7 @@ CONFIG = {
     "vocab_size": 130,
 }
 QWEN = {**CONFIG, "architectures": ["Qwen2ForCausalLM"]}
+QWEN3 = {**CONFIG, "architectures": ["Qwen3ForCausalLM"], "head_dim": 5}
 
 
 def tensors(config=None, seed=0):
@@ -45,6 +46,8 @@ def tensors(config=None, seed=0):
         if "Qwen2" in c["architectures"][0]:
             for name, size in (("q", query), ("k", key), ("v", key)):
                 inner[f"self_attn.{name}_proj.bias"] = (size,)
+        if "Qwen3" in c["architectures"][0]:
+            inner |= {f"self_attn.{name}_norm.weight": (head_dim,) for name in "qk"}
         sizes |= {f"model.layers.{layer}.{name}": size for name, size in inner.items()}
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(size, generator=generator) for name, size in sizes.items()}

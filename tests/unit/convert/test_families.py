@@ -5,7 +5,7 @@ import pytest
 from megatron_scope.convert.families import family_of
 from megatron_scope.convert.shape import RopeScaling
 from megatron_scope.errors import DataError
-from tests.unit.convert.folders import CONFIG, QWEN
+from tests.unit.convert.folders import CONFIG, QWEN, QWEN3
 
 
 def read(config):
@@ -22,11 +22,25 @@ def test_a_llama_config_is_read():
     assert (shape.num_attention_heads, shape.num_query_groups, shape.head_dim) == (4, 2, 3)
     assert (shape.vocab_rows, shape.max_positions, shape.norm_epsilon) == (130, 64, 1e-6)
     assert (shape.rope_theta, shape.rope_scaling) == (10000.0, None)
-    assert not shape.tied_embeddings and not shape.qkv_bias
+    assert not shape.tied_embeddings and not shape.qkv_bias and not shape.qk_norm
 
 
 def test_qwen2_has_biases_on_query_key_and_value():
-    assert read(QWEN).qkv_bias
+    shape = read(QWEN)
+    assert shape.qkv_bias and not shape.qk_norm
+
+
+def test_qwen3_has_norms_on_query_and_key_heads_instead():
+    shape = read(QWEN3)
+    assert shape.qk_norm and not shape.qkv_bias and shape.head_dim == 5
+
+
+@pytest.mark.parametrize("config", [{"head_dim": None}, {}])
+def test_a_qwen3_without_head_dim_has_that_of_transformers(config):
+    from transformers import Qwen3Config
+
+    settings = {name: value for name, value in QWEN3.items() if name != "head_dim"} | config
+    assert read(settings).head_dim == Qwen3Config().head_dim == 128
 
 
 @pytest.mark.parametrize(
@@ -115,15 +129,20 @@ def test_another_rope_type_is_refused(kind, key):
             {"use_sliding_window": True},
             "use_sliding_window is true; sliding-window attention is not supported yet",
         ),
+        (
+            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            "layer_types has 'sliding_attention'; supported: full_attention",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: silu"),
         ({"attention_bias": True}, "attention_bias is true; models with this bias are not supported yet"),
         ({"mlp_bias": True}, "mlp_bias is true; models with this bias are not supported yet"),
     ],
 )
 def test_a_model_that_computes_something_else_is_refused(changes, problem):
-    with pytest.raises(DataError) as raised:
-        read({**CONFIG, **changes})
-    assert str(raised.value) == f"m/config.json: {problem}"
+    for config in (CONFIG, QWEN, QWEN3):
+        with pytest.raises(DataError) as raised:
+            read({**config, **changes})
+        assert str(raised.value) == f"m/config.json: {problem}"
 
 
 @pytest.mark.parametrize("names", [None, [], ["MixtralForCausalLM"], ["LlamaForSequenceClassification"]])
@@ -131,12 +150,13 @@ def test_another_architecture_is_refused_with_those_that_are_read(names):
     with pytest.raises(DataError) as raised:
         read({**CONFIG, "architectures": names})
     assert str(raised.value) == (
-        f"m/config.json: architectures is {names or []}; supported: LlamaForCausalLM, Qwen2ForCausalLM"
+        f"m/config.json: architectures is {names or []}; supported: LlamaForCausalLM, Qwen2ForCausalLM, "
+        "Qwen3ForCausalLM"
     )
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
-def test_configs_that_transformers_writes_are_read(family):
+@pytest.mark.parametrize(("family", "head_dim"), [("Llama", 3), ("Qwen2", 3), ("Qwen3", 128)])
+def test_configs_that_transformers_writes_are_read(family, head_dim):
     import transformers
 
     settings = {**CONFIG, "architectures": [f"{family}ForCausalLM"], "rope_parameters": None}
@@ -144,4 +164,4 @@ def test_configs_that_transformers_writes_are_read(family):
     del settings["rope_theta"]
     written = getattr(transformers, f"{family}Config")(**settings).to_dict()
     shape = read(written)
-    assert (shape.rope_theta, shape.head_dim, shape.num_query_groups) == (12345.0, 3, 2)
+    assert (shape.rope_theta, shape.head_dim, shape.num_query_groups) == (12345.0, head_dim, 2)

@@ -25,6 +25,7 @@ SHAPE = ModelShape(
     rope_scaling=None,
     tied_embeddings=False,
     qkv_bias=True,
+    qk_norm=False,
 )
 HIDDEN = SHAPE.hidden_size
 QUERY, KEY = SHAPE.num_attention_heads * SHAPE.head_dim, SHAPE.num_query_groups * SHAPE.head_dim

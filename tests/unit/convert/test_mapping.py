@@ -8,7 +8,7 @@ from megatron_scope.convert.hf_folder import SINGLE, HfFolder
 from megatron_scope.convert.layouts import Vocabulary
 from megatron_scope.convert.mapping import check_names, export_stage, load_stage, stage_entries
 from megatron_scope.errors import DataError
-from tests.unit.convert.folders import CONFIG, QWEN, tensors, write_folder
+from tests.unit.convert.folders import CONFIG, QWEN, QWEN3, tensors, write_folder
 
 PADDED = 256
 
@@ -33,9 +33,10 @@ def empty_parameters(folder, entries, rank=0, size=1):
     return {name: torch.full(shape, float("nan")) for name, shape in shapes.items()}
 
 
-@pytest.fixture(params=["llama", "qwen", "tied"])
+@pytest.fixture(params=["llama", "qwen", "qwen3", "tied", "qwen3-tied"])
 def config(request):
-    return {"llama": CONFIG, "qwen": QWEN, "tied": {**QWEN, "tie_word_embeddings": True}}[request.param]
+    config = {"llama": CONFIG, "qwen3": QWEN3, "qwen3-tied": QWEN3}.get(request.param, QWEN)
+    return {**config, "tie_word_embeddings": request.param.endswith("tied")}
 
 
 @pytest.fixture
@@ -133,11 +134,32 @@ def test_a_missing_tensor_is_named(tmp_path, folder, config):
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.3.input_layernorm.weight", "model.layers.0.self_attn.q_norm.weight"]
+    "name", ["model.layers.3.input_layernorm.weight", "model.layers.0.self_attn.v_norm.weight"]
 )
 def test_a_tensor_that_the_model_would_ignore_is_refused(tmp_path, folder, config, name):
     with pytest.raises(DataError, match=f"holds {name}, which .*ForCausalLM does not have"):
         check_names(rewrite(tmp_path, {**tensors(config), name: torch.ones(12)}))
+
+
+@pytest.mark.parametrize("given", [CONFIG, QWEN], ids=["llama", "qwen2"])
+def test_norms_of_heads_are_refused_in_a_family_without_them(tmp_path, given):
+    write_folder(tmp_path, given)
+    weights = {**tensors(given), "model.layers.0.self_attn.q_norm.weight": torch.ones(3)}
+    with pytest.raises(
+        DataError, match=r"holds model\.layers\.0\.self_attn\.q_norm\.weight, which .*ForCausal"
+    ):
+        check_names(rewrite(tmp_path, weights))
+
+
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_a_qwen3_without_a_norm_of_its_heads_is_refused(tmp_path, name):
+    write_folder(tmp_path, QWEN3)
+    weights = tensors(QWEN3)
+    del weights[f"model.layers.1.self_attn.{name}_norm.weight"]
+    with pytest.raises(
+        DataError, match=rf"no tensor model\.layers\.1\.self_attn\.{name}_norm\.weight, which"
+    ):
+        check_names(rewrite(tmp_path, weights))
 
 
 def test_stored_frequencies_and_a_tied_table_written_twice_are_accepted(tmp_path, folder, config):

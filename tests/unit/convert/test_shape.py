@@ -33,6 +33,7 @@ SHAPE = ModelShape(
     rope_scaling=None,
     tied_embeddings=False,
     qkv_bias=False,
+    qk_norm=False,
 )
 
 

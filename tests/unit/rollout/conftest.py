@@ -73,9 +73,13 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         if key not in made:
             model = AutoModelForCausalLM.from_config(_config(family, **changes))
             generator = torch.Generator().manual_seed(seed)
-            for parameter in model.parameters():
+            for name, parameter in model.named_parameters():
                 if parameter.ndim > 1:
                     parameter.data.normal_(std=std, generator=generator)
+                elif name.endswith(
+                    ("q_norm.weight", "k_norm.weight")
+                ):  # at one, half of what they do is hidden
+                    parameter.data.normal_(mean=1.0, std=std, generator=generator)
             made[key] = tmp_path_factory.mktemp(family)
             model.save_pretrained(made[key])
             _tokenizer().save_pretrained(made[key])

@@ -71,7 +71,7 @@ def test_bfloat16_is_close_to_float32(bench: Any) -> None:
 # ---- batch invariance
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen2_window", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3", "qwen2_window", "qwen3_moe"])
 def test_an_answer_does_not_depend_on_what_else_runs(family: str, bench: Any, make_model: Make) -> None:
     folder = make_model(family)
     bodies = mixed_bodies(20 if family == "qwen3_moe" else 108)  # experts decode row by row
@@ -105,11 +105,12 @@ def test_samples_of_a_group_equal_single_requests(bench: Any) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rows_of_a_block_are_independent(threads: int, dtype: Any, make_model: Make) -> None:
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_rows_of_a_block_are_independent(family: str, threads: int, dtype: Any, make_model: Make) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        model = ServedModel(str(make_model("llama", hidden_size=64, vocab_size=1000)), dtype)
+        model = ServedModel(str(make_model(family, hidden_size=64, vocab_size=1000)), dtype)
         with torch.inference_mode():
             assert model.rows_are_independent(64, 32)
             assert model.rows_are_independent(6, 256)
