@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 from megatron_scope.config.schema import DataConfig
 from megatron_scope.errors import ConfigError, DataError
+
+# Arguments of transformers' apply_chat_template that it hands on to the template, and its names for the chat.
+_TEMPLATE_VARIABLES = frozenset({"tools", "documents"})
+_MESSAGES = frozenset({"messages", "conversations"})
 
 
 def load_tokenizer(folder: str) -> Any:
@@ -57,12 +62,20 @@ def stop_token_ids(config: DataConfig, folder: str, tokenizer: Any) -> tuple[int
 def encode_prompt(config: DataConfig, tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
     """Token ids of a prompt: `data.prompt_template` filled in, or the tokenizer's chat template up to the
     answer.
+
+    A chat template writes its own start token; a prompt template gets the tokenizer's, once. Raises DataError
+    when the chat template does not take the prompt.
     """
     if config.prompt_template is not None:
         assert isinstance(prompt, str)  # checked row by row when the file was read
-        return tokenizer(config.prompt_template.replace("{prompt}", prompt)).input_ids
+        return _encode_text(tokenizer, config.prompt_template.replace("{prompt}", prompt))
     messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     if config.system_prompt is not None:
+        if messages[0]["role"] == "system":
+            raise DataError(
+                f"the prompt {str(prompt)[:80]!r} has a system message of its own beside data.system_prompt; "
+                "remove one of the two"
+            )
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
     try:
         return tokenizer.apply_chat_template(
@@ -74,15 +87,36 @@ def encode_prompt(config: DataConfig, tokenizer: Any, prompt: str | list[dict[st
         )
     except Exception as error:  # whatever a template's own code raises
         raise DataError(
-            f"the chat template does not take the prompt {str(prompt)[:80]!r} ({error}); mend the row, "
-            "data.system_prompt or data.chat_template_kwargs"
+            f"the chat template does not take the prompt {str(prompt)[:80]!r} "
+            f"({' '.join(str(error).split())}); mend the row, data.system_prompt or data.chat_template_kwargs"
         ) from error
 
 
+def _encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text that a response follows: what the tokenizer puts before every text comes once, what it
+    puts after it (an end token) not at all.
+    """
+    whole = tokenizer(text).input_ids
+    ids = tokenizer(text, add_special_tokens=False).input_ids if whole else []
+    starts = (start for start in range(len(whole) + 1) if whole[start : start + len(ids)] == ids)
+    before = whole[: next(starts, 0)]
+    return ids if ids[: len(before)] == before else [*before, *ids]
+
+
 def check_template(config: DataConfig, tokenizer: Any, folder: str) -> None:
-    """ConfigError when neither a prompt template nor a chat template is at hand."""
+    """ConfigError when neither a prompt template nor a chat template is at hand, or when one of
+    `data.chat_template_kwargs` would not reach the template.
+    """
     if config.prompt_template is None and not tokenizer.chat_template:
         raise ConfigError(
             f"the tokenizer of {folder} has no chat template; set data.prompt_template, for example "
             f"'{{prompt}}'"
         )
+    arguments = inspect.signature(tokenizer.apply_chat_template).parameters.values()
+    taken = {argument.name for argument in arguments if argument.kind is not argument.VAR_KEYWORD}
+    for name in config.chat_template_kwargs:
+        if name in (taken - _TEMPLATE_VARIABLES) | _MESSAGES:
+            raise ConfigError(
+                f"data.chat_template_kwargs has {name}, which is set here or by transformers and would not "
+                "reach the template; give variables of the template only, as in {enable_thinking: false}"
+            )

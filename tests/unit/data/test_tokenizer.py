@@ -4,6 +4,7 @@ import json
 import string
 
 import pytest
+from tokenizers import processors
 
 from megatron_scope.config.schema import DataConfig
 from megatron_scope.data.tokenizer import (
@@ -49,7 +50,20 @@ def test_a_prompt_that_holds_a_field_itself_is_not_filled_in_again(plain):
 
 
 def test_a_template_gets_the_tokenizers_start_token_once(chat):
-    assert chat.decode(encode_prompt(DataConfig(prompt_template="{prompt}"), chat, "q")) == "<bos>q"
+    for template in ("{prompt}", "<bos>{prompt}"):
+        ids = encode_prompt(DataConfig(prompt_template=template), chat, "q")
+        assert chat.decode(ids) == "<bos>q"
+
+
+@pytest.mark.parametrize(("pattern", "text"), [("$A <eos>", "q"), ("<bos> $A <eos>", "<bos>q")])
+def test_a_prompt_does_not_end_in_what_the_tokenizer_puts_after_a_text(pattern, text):
+    tokenizer = character_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        pattern, special_tokens=[("<bos>", 0), ("<eos>", 1)]
+    )
+    assert tokenizer("q").input_ids[-1] == tokenizer.eos_token_id
+    ids = encode_prompt(DataConfig(prompt_template="{prompt}"), tokenizer, "q")
+    assert tokenizer.decode(ids) == text
 
 
 def test_a_chat_template_is_used_where_no_prompt_template_is_set(chat):
@@ -92,6 +106,141 @@ def test_some_template_must_be_at_hand(plain, chat):
     )
     check_template(DataConfig(prompt_template="{prompt}"), plain, "models/base")
     check_template(DataConfig(), chat, "models/base")
+
+
+# ---- chat templates in the manner of Qwen
+
+
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+WITH_A_DEFAULT_SYSTEM_PROMPT = (  # as Qwen2.5's
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nHelp.<|im_end|>\n{% endif %}"
+    + TURNS
+    + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WITH_THINKING = (  # as Qwen3's
+    TURNS
+    + "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    + "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    + "{% endif %}"
+)
+MESSAGES = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+]
+USER, ASSISTANT = "<|im_start|>user\n1+1<|im_end|>\n", "<|im_start|>assistant\n"
+
+
+def chatml(template, **settings):
+    tokenizer = character_tokenizer(template, **settings)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.add_tokens(["<think>", "</think>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("bos", [False, True])  # a tokenizer that starts texts of its own accord
+@pytest.mark.parametrize(
+    ("template", "settings", "prompt", "text"),
+    [
+        (WITH_A_DEFAULT_SYSTEM_PROMPT, {}, "1+1", f"<|im_start|>system\nHelp.<|im_end|>\n{USER}{ASSISTANT}"),
+        (
+            WITH_A_DEFAULT_SYSTEM_PROMPT,
+            {"system_prompt": "Add."},
+            "1+1",
+            f"<|im_start|>system\nAdd.<|im_end|>\n{USER}{ASSISTANT}",
+        ),
+        (
+            WITH_A_DEFAULT_SYSTEM_PROMPT,
+            {
+                "chat_template_kwargs": {"enable_thinking": False}
+            },  # a variable that this template does not read
+            "1+1",
+            f"<|im_start|>system\nHelp.<|im_end|>\n{USER}{ASSISTANT}",
+        ),
+        (
+            WITH_A_DEFAULT_SYSTEM_PROMPT,
+            {},
+            [{"role": "system", "content": "Sum."}, {"role": "user", "content": "1+1"}],
+            f"<|im_start|>system\nSum.<|im_end|>\n{USER}{ASSISTANT}",
+        ),
+        (
+            WITH_THINKING,
+            {},
+            MESSAGES,
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+            f"<|im_start|>user\nc<|im_end|>\n{ASSISTANT}",
+        ),
+        (WITH_THINKING, {}, "1+1", USER + ASSISTANT),
+        (WITH_THINKING, {"chat_template_kwargs": {"enable_thinking": True}}, "1+1", USER + ASSISTANT),
+        (
+            WITH_THINKING,
+            {"chat_template_kwargs": {"enable_thinking": False}},
+            "1+1",
+            f"{USER}{ASSISTANT}<think>\n\n</think>\n\n",
+        ),
+    ],
+)
+def test_a_chatml_prompt_is_the_templates_text_up_to_the_answer(bos, template, settings, prompt, text):
+    tokenizer = chatml(template, bos=bos)
+    config = DataConfig(**settings)
+    check_template(config, tokenizer, "m")
+    ids = encode_prompt(config, tokenizer, prompt)
+    assert tokenizer.decode(ids) == text
+    # Markers are one token each, and nothing stands before the first.
+    assert ids[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert ids.count(ids[0]) == text.count("<|im_start|>")
+
+
+@pytest.mark.parametrize("template", ["{{ bos_token }}" + TURNS, "<bos>" + TURNS])
+def test_a_chat_template_that_writes_the_start_token_gets_no_second(template):
+    tokenizer = chatml(template, bos=True)
+    ids = encode_prompt(DataConfig(), tokenizer, "hi")
+    assert tokenizer.decode(ids) == "<bos><|im_start|>user\nhi<|im_end|>\n"
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("name", ["tools", "documents"])
+def test_tools_and_documents_reach_the_template(name):
+    tokenizer = chatml("{{ " + name + "[0].title }}" + TURNS)
+    config = DataConfig(chat_template_kwargs={name: [{"title": "calc"}]})
+    check_template(config, tokenizer, "m")
+    assert tokenizer.decode(encode_prompt(config, tokenizer, "hi")).startswith("calc<|im_start|>")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("add_generation_prompt", "tokenize", "return_dict", "conversation", "messages", "chat_template"),
+        *("continue_final_message", "truncation", "max_length", "padding", "tokenizer_kwargs"),
+    ],
+)
+def test_an_argument_that_would_not_reach_the_template_is_refused(chat, name):
+    with pytest.raises(ConfigError) as raised:
+        check_template(DataConfig(chat_template_kwargs={"brief": "x", name: 1}), chat, "m")
+    assert str(raised.value) == (
+        f"data.chat_template_kwargs has {name}, which is set here or by transformers and would not reach the "
+        "template; give variables of the template only, as in {enable_thinking: false}"
+    )
+
+
+def test_two_system_messages_are_refused(chat):
+    messages = [{"role": "system", "content": "Sum."}, {"role": "user", "content": "1+1"}]
+    with pytest.raises(DataError) as raised:
+        encode_prompt(DataConfig(system_prompt="Add."), chat, messages)
+    assert str(raised.value) == (
+        f"the prompt {str(messages)[:80]!r} has a system message of its own beside data.system_prompt; "
+        "remove one of the two"
+    )
+
+
+def test_what_a_template_says_of_a_prompt_that_it_refuses_is_one_line():
+    tokenizer = chatml("{{ raise_exception('roles must\\nalternate') }}")
+    with pytest.raises(DataError) as raised:
+        encode_prompt(DataConfig(), tokenizer, "hi")
+    assert str(raised.value) == (
+        "the chat template does not take the prompt 'hi' (roles must alternate); mend the row, "
+        "data.system_prompt or data.chat_template_kwargs"
+    )
 
 
 # ---- stop tokens
