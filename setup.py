@@ -6,6 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+MATPLOTLIB = "matplotlib>=3.8,<4"  # draws; its tests need it too
 
 
 def read_version() -> str:
@@ -50,10 +51,16 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.0,<3"],
         "sglang": ["sglang>=0.5,<0.6"],
-        "report": ["matplotlib>=3.8,<4"],
+        "report": [MATPLOTLIB],
         # `nodejs` brings the JavaScript engine in a wheel: pyright would otherwise fetch one when first run.
         # ruff's formatting changes between minor versions, so its range is one of them.
-        "dev": ["pytest>=8.0,<10", "hypothesis>=6.100,<7", "ruff>=0.17,<0.18", "pyright[nodejs]>=1.1.400,<2"],
+        "dev": [
+            "pytest>=8.0,<10",
+            "hypothesis>=6.100,<7",
+            "ruff>=0.17,<0.18",
+            "pyright[nodejs]>=1.1.400,<2",
+            MATPLOTLIB,
+        ],
     },
     entry_points={"console_scripts": ["megatron-scope = megatron_scope.cli:main"]},
 )

@@ -22,6 +22,7 @@ from megatron_scope.data.jsonl import write_rows_atomically
 from megatron_scope.data.prompts import load_prompts
 from megatron_scope.data.tokenizer import check_template, load_tokenizer, stop_token_ids
 from megatron_scope.errors import ConfigError
+from megatron_scope.evaluate.diversity import Diversity, diversity
 from megatron_scope.evaluate.metrics import BenchmarkSummary, Estimate, benchmark_summary
 from megatron_scope.records import JudgedRollout, Prompt, SamplingParams
 from megatron_scope.rollout.client import RolloutRequest, sample_seed
@@ -50,6 +51,7 @@ class BenchmarkResult:
     prompts: tuple[Prompt, ...]
     correct_PS: np.ndarray
     summary: BenchmarkSummary
+    diversity: Diversity
     judged: tuple[JudgedRollout, ...]
 
 
@@ -84,9 +86,7 @@ def evaluate(config: Config, options: EvaluateOptions) -> list[BenchmarkResult]:
         config.evaluate.max_new_tokens,
         stop_token_ids(config.data, model, tokenizer),
     )
-    for path in (options.output, options.responses):
-        if path is not None:  # found out now, not after the last response
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
+    _make_room(options)
     results = asyncio.run(_run(config, options, problems, params, folder))
     _print(config, options, results)
     if options.output is not None:
@@ -94,6 +94,20 @@ def evaluate(config: Config, options: EvaluateOptions) -> list[BenchmarkResult]:
     if options.responses is not None:
         write_rows_atomically(options.responses, _response_rows(results))
     return results
+
+
+def _make_room(options: EvaluateOptions) -> None:
+    """Makes the folders of the files to be written; what cannot be is found out now, not after the last
+    response.
+    """
+    for option, path in (("--output", options.output), ("--responses", options.responses)):
+        if path is None:
+            continue
+        if Path(path).is_dir():
+            raise ConfigError(f"{option} is {path}, a folder; expected the name of a file to write")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if options.output is not None and options.output == options.responses:
+        raise ConfigError(f"--output and --responses are both {options.output}; give two files")
 
 
 def _check_lengths(config: Config, prompts: Sequence[Prompt], folder: HfFolder) -> None:
@@ -143,7 +157,13 @@ async def _benchmark(
     summary = benchmark_summary(
         correct_PS, options.ks, resamples=config.evaluate.bootstrap_resamples, seed=config.run.seed
     )
-    return BenchmarkResult(name, tuple(prompts), correct_PS, summary, tuple(judged))
+    texts_PS = np.array([item.rollout.text for item in judged], dtype=object).reshape(correct_PS.shape)
+    differences = diversity(
+        [texts[right].tolist() for texts, right in zip(texts_PS, correct_PS, strict=True)],
+        num_responses=config.evaluate.diversity_responses,
+        max_tokens=config.evaluate.diversity_tokens,
+    )
+    return BenchmarkResult(name, tuple(prompts), correct_PS, summary, differences, tuple(judged))
 
 
 # ---- what is shown and written
@@ -163,17 +183,25 @@ def _means(options: EvaluateOptions, results: Sequence[BenchmarkResult]) -> dict
 def _print(config: Config, options: EvaluateOptions, results: Sequence[BenchmarkResult]) -> None:
     settings = config.evaluate
     sampling = f"temperature {settings.temperature:g}, top-p {settings.top_p:g}, top-k {settings.top_k}"
-    table = Table(caption="percent, with 95 % bootstrap intervals over problems")
-    table.add_column("benchmark")
-    table.add_column("problems", justify="right")
-    for name in _columns(options, results[0].summary):
+    table = Table(
+        caption="percent, with 95 % bootstrap intervals over problems; distinct-2 and self-BLEU compare "
+        f"{settings.diversity_responses} correct responses to a problem",
+        caption_justify="left",
+    )
+    table.add_column("benchmark", overflow="fold")
+    for name in ("problems", *_columns(options, results[0].summary), "distinct-2", "self-BLEU"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in results:
+        # The interval on a line of its own: the default columns would not fit 120 characters otherwise.
         cells = [
-            f"{100 * e.value:.1f} ({100 * e.low:.1f} to {100 * e.high:.1f})"
+            f"{100 * e.value:.1f}\n{100 * e.low:.1f} to {100 * e.high:.1f}"
             for e in _columns(options, result.summary).values()
         ]
-        table.add_row(Path(result.name).stem, str(result.summary.num_problems), *cells)
+        unlike = [
+            "-" if np.isnan(value) else f"{value:.2f}"
+            for value in (result.diversity.distinct_n[2], result.diversity.self_bleu)
+        ]
+        table.add_row(Path(result.name).stem, str(result.summary.num_problems), *cells, *unlike)
     if len(results) > 1:
         table.add_row("mean", "", *(f"{100 * value:.1f}" for value in _means(options, results).values()))
     # A file or pipe has no width of its own; 80 columns would break the cells.
@@ -196,7 +224,9 @@ def _write_json(
                 "num_problems": result.summary.num_problems,
                 "num_verify_errors": sum(item.verdict.error is not None for item in result.judged),
                 "num_aborted": sum(item.rollout.finish_reason == "abort" for item in result.judged),
+                "num_truncated": sum(item.rollout.finish_reason == "length" for item in result.judged),
                 **{name: dataclasses.asdict(e) for name, e in _columns(options, result.summary).items()},
+                "diversity": _plain(dataclasses.asdict(result.diversity)),
                 "num_correct": {
                     prompt.id: int(count)
                     for prompt, count in zip(result.prompts, result.correct_PS.sum(axis=1), strict=True)
@@ -209,6 +239,13 @@ def _write_json(
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
+def _plain(value: Any) -> Any:
+    """Means over nothing as null: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
 def _response_rows(results: Sequence[BenchmarkResult]):
     for result in results:
         for item in result.judged:
@@ -216,9 +253,11 @@ def _response_rows(results: Sequence[BenchmarkResult]):
                 "benchmark": result.name,
                 "id": item.rollout.prompt.id,
                 "sample": item.rollout.sample,
-                "text": item.rollout.text,
+                "response": item.rollout.text,
                 "correct": item.verdict.correct,
                 "extracted": item.verdict.extracted,
                 "error": item.verdict.error,
                 "finish_reason": item.rollout.finish_reason,
+                "prompt_ids": list(item.rollout.prompt.token_ids),
+                "output_ids": list(item.rollout.output_ids),
             }

@@ -1,8 +1,9 @@
 # Sourced by tests/run.sh and examples/quickstart/run.sh: one place that finds or makes the Python environment.
 #
 #   source tools/env.sh
-#   ensure_environment        # what the package needs
-#   ensure_environment dev    # and what its tests need
+#   ensure_environment           # what the package needs
+#   ensure_environment report    # and what draws its results
+#   ensure_environment dev       # and what its tests need, which includes the others
 #
 # It leaves the environment's programs first on PATH. An active environment (venv or conda) is used as it is:
 # packages that it already has keep their versions. Otherwise .venv in the repository is made; PYTHON names the
@@ -51,7 +52,7 @@ ensure_environment() {
     wanted="$SCOPE_ROOT $(cd "$SCOPE_ROOT" && cat setup.py constraints.txt | python -c \
         'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')"
     local done_stamp
-    for done_stamp in "$prefix/.megatron_scope${extra:+-$extra}"*.stamp; do # the dev stamp serves a plain request too
+    for done_stamp in "$stamp" "$prefix/.megatron_scope-dev.stamp"; do # dev serves every request
         if [[ -f "$done_stamp" && "$(cat "$done_stamp")" == "$wanted" ]]; then
             return 0
         fi

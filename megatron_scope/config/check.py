@@ -62,7 +62,9 @@ _POSITIVE_COUNTS = (
     "checkpoint.keep",
     "evaluate.max_new_tokens",
     "evaluate.bootstrap_resamples",
+    "evaluate.diversity_tokens",
 )
+_GROUPS = ("evaluate.diversity_responses",)
 _COUNTS = ("run.seed", "train.path_gradients_every", "optimizer.warmup_steps", "checkpoint.every")
 _POSITIVE = (
     "rollout.temperature",
@@ -126,6 +128,7 @@ def _check_ranges(config: Config) -> None:
     _require(config, _TOP_P, lambda v: 0 < v <= 1, "above 0 and at most 1 (1 turns it off)")
     _require(config, _TOP_K, lambda v: v == -1 or v >= 1, "1 or more, or -1 to turn it off")
     _require(config, _BETAS, lambda v: 0 <= v < 1, "at least 0 and below 1")
+    _require(config, _GROUPS, lambda v: v >= 2, "2 or more")
     for token_id in config.data.stop_token_ids or ():
         if token_id < 0:
             raise ConfigError(f"data.stop_token_ids has {token_id}: token ids are 0 or more")

@@ -180,7 +180,7 @@ class OptimizerConfig:
     lr: float = 5e-5
     schedule: Schedule = Schedule.CONSTANT
     warmup_steps: int = 0
-    min_lr: float = 0.0  # where a cosine or linear schedule ends
+    min_lr: float = 0.0  # what a cosine or linear schedule comes down to after the last step
     weight_decay: float = 0.01  # of every parameter, norms and biases too, as AdamW in the paper's code
     beta1: float = 0.9
     beta2: float = 0.95
@@ -201,6 +201,8 @@ class EvaluateConfig:
     top_k: int = 20
     max_new_tokens: int = 32768
     bootstrap_resamples: int = 1000
+    diversity_responses: int = 4  # correct responses of a problem that are compared; fewer leave it out
+    diversity_tokens: int = 2048  # words and signs of each that count
 
 
 @dataclasses.dataclass(frozen=True)

@@ -134,21 +134,23 @@ def load_prompts(config: DataConfig, tokenizer: Any, tasks: Sequence[str], path:
 def example_drawer(
     config: DataConfig, tokenizer: Any, stop_ids: tuple[int, ...], seed: int
 ) -> Drawer[Example]:
-    """Draws (prompt, response) examples from rows {prompt, response} or {prompt, output_ids}.
+    """Draws (prompt, response) examples from rows {prompt, response}.
 
-    `output_ids`, as `evaluate --responses` writes them, are learnt as they are. Text is tokenised, and gets a
-    stop token if it does not end in one.
+    `prompt_ids` in the place of a prompt and `output_ids` in that of a response, as `evaluate --responses`
+    writes them, are taken as they are. A response given as text gets a stop token if it does not end in one.
     """
     source = str(config.train)
     rows = []
     for line, row in read_rows(source):
-        _check_prompt(config, source, line, row)
-        _check_response(source, line, row)
+        if not _has_token_ids(source, line, row, "prompt_ids"):
+            _check_prompt(config, source, line, row)
+        if not _has_token_ids(source, line, row, "output_ids"):
+            _check_text(source, line, row, "response")
         rows.append({**row, "id": _example_id(line, row)})
     _check_rows(source, [row["id"] for row in rows])
 
     def encode(row: dict[str, Any]) -> tuple[Example, int]:
-        ids = _prompt_ids(config, tokenizer, row)
+        ids = tuple(row.get("prompt_ids") or _prompt_ids(config, tokenizer, row))
         output = row.get("output_ids")
         if output is None:
             output = tokenizer(row["response"], add_special_tokens=False).input_ids
@@ -166,12 +168,13 @@ def _example_id(line: int, row: dict[str, Any]) -> str:
     return str(row["id"]) if row.get("sample") is None else f"{row['id']}/{row['sample']}"
 
 
-def _check_response(source: str, line: int, row: dict[str, Any]) -> None:
-    ids = row.get("output_ids")
-    if ids is None:
-        _check_text(source, line, row, "response")
-    elif not (isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)):
-        raise DataError(f"{source}:{line}: output_ids is {str(ids)[:60]}; expected a list of token ids")
+def _has_token_ids(source: str, line: int, row: dict[str, Any], key: str) -> bool:
+    ids = row.get(key)
+    if ids is not None and not (
+        ids and isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
+    ):
+        raise DataError(f"{source}:{line}: {key} is {str(ids)[:60]}; expected a list of token ids")
+    return ids is not None
 
 
 def _prompt_rows(config: DataConfig, source: str, tasks: Sequence[str]) -> list[dict[str, Any]]:

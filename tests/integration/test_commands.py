@@ -98,12 +98,23 @@ def test_nproc_starts_the_ranks_itself_and_gives_the_same_first_step(run, write,
     assert several["kl_incorrect"] == pytest.approx(one["kl_incorrect"], abs=1e-6)
 
 
-def test_scope_lifts_a_weak_student(run, write, config, tmp_path):
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("objective.name=opd",),
+        ("objective.name=grpo",),
+        ("objective.preset=official",),
+        ("train.updates_per_batch=2", "objective.ratio_clip=0.2"),
+    ],
+    ids=["scope", "opd", "grpo", "official", "two-updates"],
+)
+def test_each_method_lifts_a_weak_student(run, write, config, tmp_path, words):
     """Accuracy of fresh samples at the rollout temperature, over the first and the last five steps."""
     sizes = {"prompts_per_step": 32, "samples_per_prompt": 8, "max_new_tokens": 4}
     optimizer = {"lr": 1e-3, "weight_decay": 0.0}
     config = with_settings(config, run={"steps": 25}, rollout=sizes, optimizer=optimizer)
-    result = run("train", write(config))
+    result = run("train", write(config), *words)
     assert result.returncode == 0, result.stderr
     accuracy = [row["accuracy"] for row in metrics(tmp_path / "run")]
     assert sum(accuracy[-5:]) / 5 > sum(accuracy[:5]) / 5 + 0.1
@@ -304,6 +315,25 @@ def test_evaluate_reports_a_file_of_problems(run, write, config, tmp_path, model
     assert benchmark["avg@4"]["value"] == pytest.approx(share)
     assert benchmark["pass@1"]["value"] == pytest.approx(share)
     assert sum(benchmark["num_correct"].values()) == sum(row["correct"] for row in rows)
+    # All correct responses to a problem are the same here, "7$" or so.
+    assert benchmark["diversity"]["distinct_responses"] == pytest.approx(0.25)
+
+
+def test_kd_learns_the_teachers_own_responses_token_for_token(run, write, config, tmp_path, models):
+    written = tmp_path / "kd.jsonl"
+    sampled = run(
+        *("evaluate", write(config), "--model", str(models["teacher"])),
+        *("--benchmarks", config["data"]["train"], "--samples", "2", "--responses", str(written)),
+        "evaluate.max_new_tokens=4",
+    )
+    assert sampled.returncode == 0, sampled.stderr
+    rows = [json.loads(line) for line in written.read_text().splitlines()]
+    words = ("objective.name=kd", f"data.train={written}", f"rollout.prompts_per_step={len(rows)}")
+    learnt = run("train", write(config), *words, "run.steps=3", "teacher.hf=null", "optimizer.lr=1e-3")
+    assert learnt.returncode == 0, learnt.stderr
+    steps = metrics(tmp_path / "run")
+    assert steps[0]["response_tokens"] == sum(len(row["output_ids"]) for row in rows)
+    assert steps[2]["nll_correct"] < steps[0]["nll_correct"]
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ def test_what_must_be_accepted(overrides, options):
         ("optimizer.weight_decay=-0.1", "optimizer.weight_decay is -0.1: it must be finite and 0 or more"),
         ("objective.teacher_exponent=.nan", "objective.teacher_exponent is nan: it must be finite"),
         ("rollout.top_p=0", "rollout.top_p is 0.0: it must be above 0 and at most 1 (1 turns it off)"),
+        ("evaluate.diversity_responses=1", "evaluate.diversity_responses is 1: it must be 2 or more"),
         ("evaluate.top_p=1.5", "evaluate.top_p is 1.5: it must be above 0 and at most 1"),
         ("rollout.top_k=0", "rollout.top_k is 0: it must be 1 or more, or -1 to turn it off"),
         ("optimizer.beta2=1", "optimizer.beta2 is 1.0: it must be at least 0 and below 1"),
@@ -254,6 +255,7 @@ def test_every_numeric_setting_has_a_range():
         for table in (
             "POSITIVE_COUNTS",
             "COUNTS",
+            "GROUPS",
             "POSITIVE",
             "NOT_NEGATIVE",
             "FINITE",

@@ -341,12 +341,14 @@ def test_without_stop_tokens_the_response_stays_as_it_is(write, tokenizer):
 
 def test_given_token_ids_are_learnt_as_they_are(write, tokenizer):
     path = write(
-        {"id": "a", "sample": 0, "prompt": "q", "response": "text", "output_ids": [5, 7]},
+        {"id": "a", "sample": 0, "prompt_ids": [9, 8], "response": "text", "output_ids": [5, 7]},
         {"id": "a", "sample": 1, "prompt": "q", "output_ids": [5, EOS]},
     )
     drawn = examples(path, tokenizer).draw(2)
     assert [example.output_ids for example in drawn] == [(5, 7), (5, EOS)]
     assert [example.prompt.id for example in drawn] == ["a/0", "a/1"]
+    assert drawn[0].prompt.token_ids == (9, 8)
+    assert tokenizer.decode(drawn[1].prompt.token_ids) == "q"
 
 
 def test_only_the_prompt_gets_the_tokenizers_start_token(write):
@@ -373,6 +375,8 @@ def test_the_length_limit_of_an_example_is_its_prompts(write, tokenizer):
         ({"prompt": "q", "output_ids": [True]}, "output_ids is [True]; expected a list of token ids"),
         ({"prompt": "q", "output_ids": [-1]}, "output_ids is [-1]; expected a list of token ids"),
         ({"prompt": "q", "output_ids": "12"}, "output_ids is 12; expected a list of token ids"),
+        ({"prompt": "q", "output_ids": []}, "output_ids is []; expected a list of token ids"),
+        ({"prompt_ids": [], "output_ids": [1]}, "prompt_ids is []; expected a list of token ids"),
     ],
 )
 def test_a_bad_example_row_is_named_by_file_and_line(write, tokenizer, bad, problem):
