@@ -37,6 +37,10 @@ CLOSED_DOLLARS = re.compile(r"\$\$?([^$]+)\$\$?")
 FREE_SPACE = re.compile(r"(?<![A-Za-z0-9.,]) | (?![A-Za-z0-9.])")
 LIST_SPACE = re.compile(r", (?!\d{3}(?!\d))")
 TRUTH = {"yes": True, "true": True, "no": False, "false": False}
+TEXT_ANYWHERE = re.compile(rf"{TEXT_COMMAND}|\\operatorname")
+BRACKETED_LIST = re.compile(r"[(\[][^()\[\]]*,[^()\[\]]*[)\]]")
+COMMAND = re.compile(r"\\[A-Za-z]+")
+VARIABLE = re.compile(r"[A-DF-HJ-Za-df-hj-z]")
 # Longer than a product of variables is likely to be.
 WORDS = re.compile(r"[A-Za-z]{4,}(?:[ -][A-Za-z]+)*")
 
@@ -139,7 +143,19 @@ def _as_words_or_numbers(gold: str, got: str) -> bool | None:
         return gold.lower() == got.lower()
     if (gold_is_word and got_number is not None) or (got_is_word and gold_number is not None):
         return False
+    if (gold_number is not None and is_no_number(got)) or (got_number is not None and is_no_number(gold)):
+        return False
     return None
+
+
+def is_no_number(text: str) -> bool:
+    """Whether `text` is a tuple or interval, or holds a variable other than the constants e and i.
+
+    Left to computer algebra: equations, text and units, and letters that are LaTeX commands.
+    """
+    if EQUALS.search(text) or TEXT_ANYWHERE.search(text):
+        return False
+    return BRACKETED_LIST.fullmatch(text) is not None or VARIABLE.search(COMMAND.sub(" ", text)) is not None
 
 
 def normalised(text: str) -> str:

@@ -42,17 +42,18 @@ MATHS = re.compile(
     r"|(?<!\\)\$(?P<inline>(?:\\.|[^$\\\n])+)\$"
     r"|\\\[(?P<bracket>.+?)\\\]"
     r"|\\\((?P<parenthesis>.+?)\\\)"
-    # Outside of formulas a fraction that stands alone; beside an operator it is a part of something.
-    r"|(?<![^\s=:])(?<![-+*/^<>]\s)(?P<fraction>-?\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\})"
-    r"(?=[\s.,;:!?*%]|$)(?!\s*[-+*/^\\])",
+    # Outside of formulas a fraction that stands alone; beside an operator, a number or a variable it is a
+    # part of something.
+    r"|(?<![^\s=:])(?<![-+*/^<>\d]\s)(?P<fraction>-?\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\})"
+    r"(?=[\s.,;:!?*%]|$)(?!\s*[-+*/^\\])(?!\s*[A-Za-z](?![A-Za-z]))",
     re.DOTALL,
 )
 MATHS_CONNECTOR = re.compile(r"\s*(?:,?\s*(?:and|or)\b|,)\s*")
 PERCENT = re.compile(r"\s*(?:\\?%|[Pp]er\s?cent\b)")
 # An equality, not \le=, <=, >=, != or :=.
 EQUALS = re.compile(r"(?<![<>!:=\\])=(?!=)")
-ASSIGNED = re.compile(r"\s*\\?[A-Za-z]+(?:_\w|_\{\w+\})?(?:\s*\(\s*\w(?:\s*,\s*\w)*\s*\))?\s*")
-PROSE = re.compile(r"(?<![\\A-Za-z])(?!(?:and|or)\b)[A-Za-z]{2,}[,:]?\s+\S")
+# A word before something that is no operator: "ax + b" is none.
+PROSE = re.compile(r"(?<![\\A-Za-z])(?!(?:and|or)\b)[A-Za-z]{2,}[,:]?\s+[^\s+*/=<>^-]")
 YES_NO = re.compile(r"(?:yes|no|true|false)\b(?=\s*(?:[,.;:!*]|$|because\b|since\b))", re.IGNORECASE)
 
 _NUMBER = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
@@ -184,12 +185,14 @@ def _hash_answer(phrase: str) -> str | None:
 
 def _phrase_answer(phrase: str) -> str | None:
     formulas = list(_formulas(phrase))
-    if formulas and not phrase[: formulas[0].start()].strip(" *_"):
+    if formulas and formulas[0]["fraction"] is None and not phrase[: formulas[0].start()].strip(" *_"):
         return _joined(phrase, formulas)
     end = SENTENCE_END.search(phrase)
-    sentence = _without_end_token(phrase[: end.start()] if end else phrase).strip(" \t\r*_\"'`")
+    sentence = _unwrapped(_without_end_token(phrase[: end.start()] if end else phrase))
     inside = [formula for formula in formulas if end is None or formula.start() < end.start()]
-    if inside:
+    # Formulas without their signs, "(\frac{1}{2}, 3)", are the answer as a whole.
+    is_bare = all(formula["fraction"] is not None for formula in inside) and not PROSE.search(sentence)
+    if inside and not is_bare:
         return _joined(phrase, inside[-1:])
     number = leading_number(sentence)
     if number is not None:
@@ -201,6 +204,8 @@ def _phrase_answer(phrase: str) -> str | None:
     if re.search(r"[\d\\=+^]", sentence):
         return _short_chain(sentence)
     words = sentence.split()
+    if len(words) == 1 and len(sentence) == 1:
+        return sentence  # a choice: "A" is no article here
     return sentence if 0 < len(words) <= 4 and words[0].lower() not in NO_ANSWERS else None
 
 
@@ -282,11 +287,21 @@ def _joined(text: str, formulas: Sequence[re.Match[str]]) -> str:
 
 
 def _short_chain(text: str) -> str:
-    """A chain of equalities cut to its last side, but "x = 5" or "f(x) = 2x" kept whole."""
+    """A chain of equalities cut to its last side; an equation in letters stays whole: it may be an answer."""
     sides = EQUALS.split(text)
-    if len(sides) == 2 and ASSIGNED.fullmatch(sides[0]):
-        return text
-    return last_side(text)
+    return text if len(sides) == 2 and re.search(r"[A-Za-z]", sides[0]) else last_side(text)
+
+
+def _unwrapped(sentence: str) -> str:
+    """A sentence without the Markdown and quotation marks around it; a prime or star of a formula stays."""
+    text = sentence.strip()
+    for mark in ("**", "__", "`", '"', "*", "_", "'"):
+        # What opens before the marker of the answer closes here: these go without their other end.
+        may_be_alone = mark in ("**", "__", "`", '"')
+        if text.endswith(mark) and (may_be_alone or text.startswith(mark)):
+            text = text.removesuffix(mark).rstrip()
+        text = text.removeprefix(mark).lstrip()
+    return text
 
 
 def _without_end_token(text: str) -> str:

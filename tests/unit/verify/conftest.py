@@ -12,16 +12,21 @@ DATA_FOLDER = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
-def gold_answers() -> dict[str, list[str]]:
-    """File name to the distinct maths answers in it, in file order; skips where there is no such folder."""
+def gold_rows() -> dict[str, dict[str, str]]:
+    """File name to the answer of each maths problem in it, by id; skips where there is no such folder."""
     if not DATA_FOLDER.is_dir():
         pytest.skip("no data folder ../shared/data beside the repository")
-    answers: dict[str, list[str]] = {}
-    for path in sorted(DATA_FOLDER.glob("*.jsonl")):
-        rows = (row for _, row in read_rows(path))
-        found = list(dict.fromkeys(row["answer"] for row in rows if row.get("task") == "math"))
-        if found:
-            answers[path.name] = found
-    if not answers:
+    files = {
+        path.name: {row["id"]: row["answer"] for _, row in read_rows(path) if row.get("task") == "math"}
+        for path in sorted(DATA_FOLDER.glob("*.jsonl"))
+    }
+    files = {name: rows for name, rows in files.items() if rows}
+    if not files:
         pytest.skip("the data folder ../shared/data holds no maths problems")
-    return answers
+    return files
+
+
+@pytest.fixture(scope="session")
+def gold_answers(gold_rows: dict[str, dict[str, str]]) -> dict[str, list[str]]:
+    """File name to the distinct maths answers in it, in file order."""
+    return {name: list(dict.fromkeys(rows.values())) for name, rows in gold_rows.items()}

@@ -262,15 +262,37 @@ def test_same_input_gives_the_same_verdict():
     assert first == [verify_math(boxed(b), a) for a, b in reversed(pairs)][::-1]
 
 
-def test_real_answers_equal_themselves(gold_answers):
-    exceptions = [
-        answer
-        for answers in gold_answers.values()
-        for answer in answers
-        if not verify_math(boxed(answer), answer).correct
-    ]
-    total = sum(map(len, gold_answers.values()))
-    assert len(exceptions) <= 0.005 * total, f"{len(exceptions)} of {total}: {exceptions[:20]}"
+# Answers that a statement in words cannot give back: the file's text closes and opens formulas of its own.
+TORN_BY_DOLLARS = {
+    *("minerva/72", "olympiad/1664", "olympiad/1687", "olympiad/1760", "olympiad/1938", "olympiad/1940"),
+    *("olympiad/1965", "olympiad/2099", "olympiad/2203", "olympiad/2254", "olympiad/2287", "olympiad/2338"),
+    *("olympiad/2340", "olympiad/2346", "olympiad/2375", "olympiad/2427", "olympiad/2490", "olympiad/2524"),
+    *("olympiad/2771", "olympiad/2950"),
+}
+
+
+@pytest.mark.parametrize(
+    ("statement", "known"),
+    [
+        (r"Hence the result is $\boxed{%s}$.", set()),
+        (r"**Final Answer**\n\[\boxed{%s}\]", set()),
+        ("We conclude. The final answer is $%s$.", {"minerva/72", "olympiad/1965", "olympiad/2349"}),
+        ("We conclude. The final answer is: %s", TORN_BY_DOLLARS),
+    ],
+)
+def test_real_answers_equal_themselves(gold_rows, statement, known):
+    rows = {name: answer for file in gold_rows.values() for name, answer in file.items()}
+    exceptions = {
+        name for name, answer in rows.items() if not verify_math(statement % answer, answer).correct
+    }
+    assert exceptions <= known
+    assert len(exceptions) <= 0.002 * len(rows)
+
+
+def test_real_gsm8k_answers_equal_themselves_in_their_own_notation(gold_rows):
+    rows = {name: answer for file in gold_rows if "gsm8k" in file for name, answer in gold_rows[file].items()}
+    assert len(rows) > 1000
+    assert [n for n, a in rows.items() if not verify_math(f"So 2 + 2 = 4.\n#### {a}", a).correct] == []
 
 
 def test_real_answers_equal_themselves_to_the_library(gold_answers):
