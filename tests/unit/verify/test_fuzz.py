@@ -16,9 +16,9 @@ SETTINGS = settings(derandomize=True, deadline=None, max_examples=400)
 # What answers are made of, whole and torn.
 PIECES = r"""
 \boxed{ \fbox{ } { ( ) [ ] \left( \right) \{ \} $ $$ \( \) \[ \] #### \frac{1}{2} \dfrac \frac \sqrt
-\sqrt[3]{x} \begin{pmatrix} \end{pmatrix} \\ & \pi \infty \cup \in \text{cm} \mathrm{ ^ _ ^{ _{ ! % \% , ; : . =
-\ne < \le - + * / 0 7 12 1,234 3.14 -5 1e9 x y n e i ' answer is Answer: The final and or because mod \pmod{7} </think>
-~ \, \!
+\sqrt[3]{x} \begin{pmatrix} \end{pmatrix} \\ & \pi \infty \cup \in \text{cm} \mathrm{ ^ _ ^{ _{ ! %
+\% , ; : . = \ne < \le - + * / 0 7 12 1,234 3.14 -5 1e9 x y n e i ' answer is Answer: The final and
+or because mod \pmod{7} </think> ~ \, \!
 """
 PIECES = [*PIECES.split(), "\u2212", "\u00b0", "\u00bd", "\uff1a", "\u7b54\u6848", "\x00", "\u202e"]
 TEXTS = st.lists(st.sampled_from([*PIECES, " ", "\n"]), max_size=25).map("".join)
