@@ -78,24 +78,6 @@ def parameters_and_masters(settings: dict[str, Any]) -> Held:
         )
 
 
-def forward_calls(settings: dict[str, Any]) -> dict[str, int]:
-    """Trains as the config says and counts the calls of each of the layer's own modules."""
-    from megatron_scope.backend.layers import PackedAttention, RMSNorm
-
-    counts = dict.fromkeys(("PackedAttention", "RMSNorm"), 0)
-
-    def count(module: torch.nn.Module, _: Any) -> None:
-        if isinstance(module, PackedAttention | RMSNorm):
-            counts[type(module).__name__] += 1
-
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
-    try:
-        train(settings)
-    finally:
-        hook.remove()
-    return counts
-
-
 def train_counting_attention(settings: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
     """The rows of metrics.jsonl, and how often this rank's layers ran their attention."""
     from megatron_scope.backend.layers import PackedAttention

@@ -434,7 +434,7 @@ def test_a_child_server_serves_and_ends_cleanly(make_model: Make, tmp_path: Path
         os.kill(server.pid, signal.SIGTERM)
         begin = time.monotonic()
         with pytest.raises(RolloutError, match="exit code 0"):
-            while time.monotonic() - begin < 2:
+            while time.monotonic() - begin < 60:  # far more than a busy machine needs
                 server.check()
                 time.sleep(0.01)
     assert "Traceback" not in log.read_text()
