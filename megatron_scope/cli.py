@@ -142,7 +142,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _add_evaluate(commands: Any) -> None:
     parser = _command(
-        commands, "evaluate", _evaluate, "avg@k and unbiased pass@k of a model over problem files"
+        commands, "evaluate", _evaluate, "avg@k, unbiased pass@k and diversity of a model over problem files"
     )
     _add_config(parser)
     parser.add_argument(
@@ -154,7 +154,11 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--k", metavar="1,2,4", help="the k of pass@k (default 1,8,32, as far as N goes)")
     parser.add_argument("--model", metavar="HF_DIR", help="the model to evaluate (default student.hf)")
     parser.add_argument("--output", metavar="FILE", help="write the results here as JSON")
-    parser.add_argument("--responses", metavar="FILE", help="write every response here as JSON lines")
+    parser.add_argument(
+        "--responses",
+        metavar="FILE",
+        help="write every response here as JSON lines, which objective.name=kd can train on",
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> int:

@@ -43,6 +43,15 @@ COMMAND = re.compile(r"\\[A-Za-z]+")
 VARIABLE = re.compile(r"[A-DF-HJ-Za-df-hj-z]")
 # Longer than a product of variables is likely to be.
 WORDS = re.compile(r"[A-Za-z]{4,}(?:[ -][A-Za-z]+)*")
+# An order, a triangle or an angle by its points; to the library a product, whose letters commute.
+POINTS = re.compile(r"(?:\\(?:angle|triangle) ?)?[A-Z]{3,}")
+ABBREVIATION = re.compile(r"\b[A-Za-z](?:\.[A-Za-z])+\b")  # "a.m."
+PRICE = re.compile(r"(-?)\\?\$(\d[\d,]*(?:\.\d+)?|\.\d+)")
+DOTS = re.compile(r"\\[lc]dots(?![A-Za-z])")
+# Of entries without brackets of their own; the library takes a set for a tuple and a tuple for a set.
+_ENTRIES = r"(?P<entries>(?:[^()\[\]\\]|\\[A-Za-z])*)"
+SET = re.compile(rf"\\\{{{_ENTRIES}\\\}}")
+TUPLE = re.compile(rf"\({_ENTRIES}\)")
 
 # Spellings of one unit; two answers in different units of this table are never equal.
 UNITS = {
@@ -81,6 +90,26 @@ UNITS = {
     }.items()
     for spelling in spellings.split()
 }
+# Symbols whose case matters, as units inside \text{...} or \mathrm{...} only: "5Pa" may be a product.
+SYMBOLS = word_set("nm ns ms") | {
+    prefix + symbol
+    for symbol in ("J", "N", "Pa", "V", "W", "A", "Hz", "eV", "mol", "T", "Wb", "cal", "erg")
+    for prefix in ("", "p", "n", "\u03bc", "m", "k", "M", "G")
+}
+SQUARE_OR_CUBIC = re.compile(r"(?:(?P<square>sq|square)|cu|cubic) (?P<unit>.+)")
+# Words beside a number of which one excludes the others of its line.
+EXCLUSIVE_WORDS = tuple(
+    {spelling: group[0] for group in (names.split("=") for names in line.split()) for spelling in group}
+    for line in (
+        "am pm",
+        "north=n south=s east=e west=w",
+        "increase=increased decrease=decreased",
+        "more less=fewer",
+        "celsius=c fahrenheit=f kelvin=k",
+        "above below",
+    )
+)
+KNOWN_UNITS = SYMBOLS | {*UNITS.values()}
 # Text after a number that is more than a unit: it changes the value or states a condition.
 NO_UNITS = word_set(
     """and or if for when where unless otherwise except mod modulo hundred thousand million billion trillion
@@ -113,8 +142,8 @@ def compare(answer: str, extracted: str) -> Comparison:
     """Compare `extracted` with the ground truth `answer` as far as text and plain numbers go.
 
     Equal: the same text after rewrites that keep the value, or equal numbers. Unequal: two plain numbers
-    (integers, decimals, fractions, percentages) or words that differ, a number and a word, and known units
-    that differ.
+    (integers, decimals, fractions, percentages) or words that differ, a number and a word, a set and a tuple,
+    and known units that differ.
     """
     gold, got = normalised(answer), normalised(extracted)
     if EQUALS.search(got) and not EQUALS.search(gold):
@@ -131,6 +160,10 @@ def compare(answer: str, extracted: str) -> Comparison:
 
 
 def _as_words_or_numbers(gold: str, got: str) -> bool | None:
+    if POINTS.fullmatch(gold) and POINTS.fullmatch(got):
+        return gold == got
+    if {_bracket(gold), _bracket(got)} == {SET, TUPLE}:
+        return False
     gold_truth, got_truth = TRUTH.get(gold.lower()), TRUTH.get(got.lower())
     if gold_truth is not None and got_truth is not None:
         return gold_truth == got_truth
@@ -166,6 +199,7 @@ def normalised(text: str) -> str:
     """
     text = _without_period(text.strip()).replace("\u2212", "-").replace("\u00b0", r"^\circ")
     text = text.replace(r"\displaystyle", " ").replace(r"\!", "").replace("{,}", ",").replace(r"\%", "%")
+    text = DOTS.sub(r"\\dots", text).replace(r"\varnothing", r"\emptyset")
     text = PRIME.sub(r"^{\\prime}", text)
     text = _without_delimiters(text)
     text = DELIMITER_SIZE.sub("", text)
@@ -174,7 +208,6 @@ def normalised(text: str) -> str:
     text = ONE_SCRIPT.sub(r"\1\2", text)
     text = BARE_DENOMINATOR.sub(r"\1{\2}", BARE_NUMERATOR.sub(r"\\frac{\1}", text))
     text = LIST_SPACE.sub(",", FREE_SPACE.sub("", text)).strip()
-    text = re.sub(r"^(-?)\\?\$(?=[\d.])", r"\1", text)
     text = _without_period(text)
     whole = WHOLE_TEXT.fullmatch(text)
     return whole[1].strip() if whole else text
@@ -185,27 +218,41 @@ def split_unit(text: str) -> tuple[str, str | None]:
 
     Single letters are units only inside \\text{...} or \\mathrm{...}: "3m" is three times m.
     """
+    if (price := PRICE.fullmatch(text)) is not None:
+        return price[1] + price[2], "dollar"
+    text = re.sub(r"^(-?)\\?\$(?=[\d.])", r"\1", text)
     angle = text.removesuffix(r"^\circ")
     if angle != text:
         return angle, "degree"
     match = TRAILING_UNIT.fullmatch(text)
     if match is not None:
-        unit = re.sub(r"[~.\s]+", " ", match["unit"]).strip().lower()
-        words = unit.split()
+        unit = re.sub(r"[~.\s]+", " ", ABBREVIATION.sub(lambda dots: dots[0].replace(".", ""), match["unit"]))
+        unit = unit.strip()
+        words = unit.lower().split()
         if len(words) > 3 or NO_UNITS.intersection(words):
             return text, None
         return match["body"].strip(), _named(unit, match["power"]) if unit else None
     match = TRAILING_WORD.fullmatch(text)
     if match is not None and match["unit"].lower() in UNITS:
-        return match["body"].strip(), _named(match["unit"].lower(), match["power"])
+        return match["body"].strip(), _named(match["unit"], match["power"])
     return text, None
 
 
 def units_differ(gold_unit: str | None, unit: str | None) -> bool:
-    """Whether both units are known and not the same; no unit, or an unknown one, may stand for any."""
-    known = {*UNITS.values()}
-    both_known = all(one is not None and one.partition("^")[0] in known for one in (gold_unit, unit))
-    return both_known and gold_unit != unit
+    """Whether both units are known and not the same, or say contrary things of the number (am, pm).
+
+    No unit, or an unknown one, may stand for any.
+    """
+    if gold_unit is None or unit is None:
+        return False
+    if all(one.partition("^")[0] in KNOWN_UNITS for one in (gold_unit, unit)):
+        return gold_unit != unit
+    for meanings in EXCLUSIVE_WORDS:
+        gold_meaning = {meanings[word] for word in gold_unit.split() if word in meanings}
+        meaning = {meanings[word] for word in unit.split() if word in meanings}
+        if gold_meaning and meaning and gold_meaning != meaning:
+            return True
+    return False
 
 
 def plain_number(text: str) -> PlainNumber | None:
@@ -269,8 +316,20 @@ def _without_delimiters(text: str) -> str:
     return text
 
 
+def _bracket(text: str) -> re.Pattern[str] | None:
+    """SET or TUPLE, whichever `text` is with two entries or more."""
+    for pattern in (SET, TUPLE):
+        if (match := pattern.fullmatch(text)) is not None and "," in match["entries"]:
+            return pattern
+    return None
+
+
 def _named(unit: str, power: str | None) -> str:
-    return UNITS.get(unit, unit) + (power or "")
+    """The unit by its name in UNITS or SYMBOLS, else in lower case, with the power that words may state."""
+    words = SQUARE_OR_CUBIC.fullmatch(unit.lower())
+    if words is not None and words["unit"] in UNITS and power is None:
+        return UNITS[words["unit"]] + ("^2" if words["square"] else "^3")
+    return (unit if unit in SYMBOLS else UNITS.get(unit.lower(), unit.lower())) + (power or "")
 
 
 def _integer(digits: str) -> int:

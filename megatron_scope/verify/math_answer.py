@@ -19,8 +19,11 @@ FLOAT_PLACES = 6
 NUMERIC_DIGITS = 15
 MAX_EXTRA_DIGITS = 1000
 # What the library's parser misreads, and what is therefore equal only as text: "1 2" (it adds or multiplies),
-# the gcd or lcm of letters (it computes them, gcd(m, n) = 1), ratios of three (a:b:c is a/b/c to it).
-MISREAD = re.compile(r"(?<![\w^.])\d[\d.]*\s+\d|\\gcd|\\lcm|lcm\b|:[^:]*:")
+# the gcd or lcm of letters (it computes them, gcd(m, n) = 1), ratios of three (a:b:c is a/b/c to it), dots
+# ("1, \dots, 9" is "1, 9" to it) and transposes (A^T is A).
+MISREAD = re.compile(
+    r"(?<![\w^.])\d[\d.]*\s+\d|\\gcd|\\lcm|lcm\b|:[^:]*:|\\dots|\^\{? ?(?:T(?![A-Za-z])|\\top)"
+)
 
 
 def verify_math(response: str, answer: str) -> Verdict:

@@ -262,6 +262,14 @@ def _judge_guarded(
     # The pool enforces the limit; the alarm ends a worker whose pool was killed and can enforce nothing.
     signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 60)
     try:
-        return judge(extracted, answer)
+        verdict = judge(extracted, answer)
+    except Exception:
+        raise
+    except BaseException as error:
+        # Passed on, a SystemExit would end the thread of the pool that hands results over.
+        return _failed(f"verifier failed: {type(error).__name__}: {error}"[:300].rstrip(": "), extracted)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+    if not isinstance(verdict, Verdict):
+        return _failed(f"verifier returned {type(verdict).__name__}, expected a Verdict", extracted)
+    return verdict

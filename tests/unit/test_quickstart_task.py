@@ -1,5 +1,6 @@
 """The quickstart's task: solutions, their checker, what it writes, and that its models and tokenizer load."""
 
+import importlib
 import importlib.util
 import itertools
 import json
@@ -187,3 +188,44 @@ def test_the_scope_config_samples_and_evaluates_at_temperature_one():
     assert (config.run.steps, rollout.prompts_per_step, rollout.samples_per_prompt) == (120, 32, 8)
     assert rollout.max_new_tokens == evaluate.max_new_tokens == 22
     assert config.data.max_prompt_tokens + rollout.max_new_tokens <= task.MAX_POSITIONS
+
+
+def test_each_config_starts_from_what_the_one_before_it_writes():
+    scope, teacher, student = (
+        load_config(QUICKSTART / f"{name}.yaml") for name in ("scope", "teacher_sft", "student_sft")
+    )
+    assert scope.teacher.hf == f"{teacher.run.output_dir}/hf"
+    assert scope.student.hf == f"{student.run.output_dir}/hf"
+    assert {Path(str(config.data.train)).parent for config in (scope, teacher, student)} == {
+        Path(str(teacher.student.hf)).parent
+    }
+
+
+def test_every_method_takes_the_configs_steps_and_is_a_valid_config():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(QUICKSTART)
+        study = importlib.import_module("study")
+    configs = {name: load_config(QUICKSTART / "scope.yaml", list(o)) for name, o in study.METHODS.items()}
+    for config in configs.values():
+        check_config(config, world_size=1)
+        assert (config.run.steps, config.optimizer.lr, config.rollout.prompts_per_step) == (120, 1e-3, 32)
+        assert config.train.path_gradients_every == 10
+    assert {
+        name: config.objective.name.value for name, config in configs.items() if name in ("opd", "grpo")
+    } == {
+        "opd": "opd",
+        "grpo": "grpo",
+    }
+    exponents = {
+        name: (config.objective.student_exponent, config.objective.teacher_exponent)
+        for name, config in configs.items()
+        if config.objective.name.value == "scope" and name != study.BASE
+    }
+    assert exponents == {
+        "scope": (1, -1),
+        "student_0": (0, -1),
+        "student_reversed": (-1, -1),
+        "teacher_0": (1, 0),
+        "teacher_reversed": (1, 1),
+        "both_0": (0, 0),
+    }

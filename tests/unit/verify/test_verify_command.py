@@ -90,3 +90,33 @@ def test_input_may_be_the_output(tmp_path):
     path.write_text(json.dumps(row(0)))
     assert verify_file(path, path, 1, 10.0).num_correct == 1
     assert verify_file(str(path), str(path), 1, 10.0) == Summary(1, 1, 0)
+
+
+def test_a_file_of_mostly_bad_rows_is_judged_line_by_line(tmp_path):
+    lines = [
+        row(0),
+        bytes(range(1, 10)) + bytes(range(11, 256)),
+        b"\x00" * 1000,
+        row(1, answer="x+1", response="\\boxed{1+x}"),
+        b"{" * 5000,
+        b'"' + b"a" * 3_000_000,
+        row(2, response="7 " * 1_000_000 + "\\boxed{5}"),
+        b'{"id": "p/3", "task": "math", "answer": 1e999, "response": "5"}',
+        b'{"id": -Infinity}',
+        row(0, response="\\boxed{4}"),
+        b"null",
+        row(4, response="\\boxed{" * 100_000),
+        row(5),
+    ]
+    summary, written = run(tmp_path, lines)
+    good = {1, 4, 7, 10, 12, 13}
+    assert [number for number, r in enumerate(written, start=1) if r["error"] is None] == sorted(good)
+    for number, r in enumerate(written, start=1):
+        assert number in good or r["error"].startswith(f"line {number}: "), r["error"]
+    assert [number for number, r in enumerate(written, start=1) if r["correct"]] == [1, 4, 7, 13]
+    assert summary == Summary(num_rows=13, num_correct=4, num_errors=7)
+
+
+def test_samples_of_one_problem_may_share_its_id(tmp_path):
+    summary, written = run(tmp_path, [row(0), row(0, response="\\boxed{4}"), row(0)])
+    assert [r["correct"] for r in written] == [True, False, True] and summary.num_errors == 0
