@@ -21,6 +21,7 @@ import random
 import re
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -41,8 +42,8 @@ class Measurement:
     per_second: dict[str, float]
     ratio: dict[str, float]
     correct: dict[str, int]
-    only_ours_correct: int
-    only_math_verify_correct: int
+    only_ours_correct: dict[str, int]  # by kind of the ground truth answer
+    only_math_verify_correct: dict[str, int]
 
 
 def boxed(answer: str) -> str:
@@ -58,6 +59,21 @@ def rewritten(answer: str) -> str | None:
     if re.fullmatch(r"[^,=<>;:]*[a-z0-9}][^,=<>;:]*", answer) and not re.search(r"text|[A-Za-z]{3}", answer):
         return rf"0 + {answer}"
     return None
+
+
+def kind(answer: str) -> str:
+    """A coarse kind of answer, to tell where two verifiers differ."""
+    if re.fullmatch(r"-?[\d.,]+", answer):
+        return "number"
+    if re.search(r"begin\{[a-z]*matrix|\\\{|^(?:\\left)?[\[(]|\\cup", answer):
+        return "matrix, set, tuple or interval"
+    if re.search(r"[=<>]|\\(?:le|ge|lt|gt|ne|leq|geq|neq)(?![a-z])", answer):
+        return "relation"
+    if "," in answer:
+        return "list"
+    if re.search(r"\\text|\\mathrm|^[A-Za-z ]{2,}$", answer):
+        return "text or unit"
+    return "fraction" if re.fullmatch(r"-?\\[dt]?frac\{-?\d+\}\{\d+\}", answer) else "formula"
 
 
 def sets_of(answers: Sequence[str], count: int, rng: random.Random) -> dict[str, list[Pair]]:
@@ -96,15 +112,17 @@ def measure(name: str, pairs: Sequence[Pair], judges: dict[str, Judge], repeats:
             if repeat:
                 times[judge].append(time.perf_counter() - started)
     median = {judge: statistics.median(seconds) for judge, seconds in times.items()}
-    both = list(zip(verdicts["ours"], verdicts["math-verify"], strict=True))
+    both = list(zip(pairs, verdicts["ours"], verdicts["math-verify"], strict=True))
+    only_ours = Counter(kind(answer) for (answer, _), ours, theirs in both if ours and not theirs)
+    only_theirs = Counter(kind(answer) for (answer, _), ours, theirs in both if theirs and not ours)
     return Measurement(
         name=name,
         num_pairs=len(pairs),
         per_second={judge: len(pairs) / seconds for judge, seconds in median.items()},
         ratio={judge: median["math-verify"] / seconds for judge, seconds in median.items()},
         correct={judge: sum(found) for judge, found in verdicts.items()},
-        only_ours_correct=sum(ours and not theirs for ours, theirs in both),
-        only_math_verify_correct=sum(theirs and not ours for ours, theirs in both),
+        only_ours_correct=dict(only_ours),
+        only_math_verify_correct=dict(only_theirs),
     )
 
 
@@ -117,10 +135,12 @@ def table(measurements: Sequence[Measurement]) -> str:
     for m in measurements:
         speeds = " | ".join(f"{m.per_second[judge]:.0f}" for judge in ("ours", "ours, pool", "math-verify"))
         ratios = " | ".join(f"{m.ratio[judge]:.1f}" for judge in ("ours", "ours, pool"))
-        agreement = f"{m.correct['ours']}, {m.correct['math-verify']} | {m.only_ours_correct}"
-        lines.append(
-            f"| {m.name} | {m.num_pairs} | {speeds} | {ratios} | {agreement} | {m.only_math_verify_correct} |"
-        )
+        only = [
+            ", ".join(f"{count} {name}" for name, count in counts.items()) or "0"
+            for counts in (m.only_ours_correct, m.only_math_verify_correct)
+        ]
+        agreement = f"{m.correct['ours']}, {m.correct['math-verify']} | {only[0]} | {only[1]}"
+        lines.append(f"| {m.name} | {m.num_pairs} | {speeds} | {ratios} | {agreement} |")
     return "\n".join(lines)
 
 
@@ -157,7 +177,10 @@ def main() -> None:
         **{name: importlib.metadata.version(name) for name in ("math-verify", "sympy")},
     }
     versions = ", ".join(f"{name} {version}" for name, version in machine.items())
-    text = f"Medians of {options.repeats} interleaved repeats; {versions}.\n\n{table(measurements)}\n"
+    text = (
+        f"Medians of {options.repeats} interleaved repeats; {versions}.\n"
+        f"math-verify runs with its own limits of 5 s.\n\n{table(measurements)}\n"
+    )
     print(text)
     options.out.mkdir(parents=True, exist_ok=True)
     report = {"machine": machine, "sets": [dataclasses.asdict(m) for m in measurements]}

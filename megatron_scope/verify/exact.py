@@ -24,8 +24,10 @@ FRACTION_STYLE = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 BARE_NUMERATOR = re.compile(r"\\frac ?(\d) ?(?=[\d{])")
 BARE_DENOMINATOR = re.compile(r"(\\frac ?\{[^{}]*\}) ?(\d)")
 # math-verify drops the mark: y' would be y.
-PRIME = re.compile(r"(?<=[A-Za-z)}])'(?![A-Za-z'])")
-ONE_SCRIPT = re.compile(r"([\^_]) ?\{ ?(\w|\\circ) ?\}")
+PRIMES = re.compile(r"(?<=[A-Za-z0-9)}])('+)(?![A-Za-z'])")
+BARE_PRIME = re.compile(r"\^ ?\\prime(?![A-Za-z])")
+# Not before a digit or letter: x^{2}3 would become x^23.
+ONE_SCRIPT = re.compile(r"([\^_]) ?\{ ?(\w|\\circ) ?\}(?! ?\w)")
 TEXT_COMMAND = r"\\(?:text(?:normal|rm|bf|it)?|mathrm|mbox)"
 WHOLE_TEXT = re.compile(rf"{TEXT_COMMAND} ?\{{([^{{}}\\]*)\}}")
 TRAILING_UNIT = re.compile(
@@ -42,7 +44,11 @@ BRACKETED_LIST = re.compile(r"[(\[][^()\[\]]*,[^()\[\]]*[)\]]")
 COMMAND = re.compile(r"\\[A-Za-z]+")
 VARIABLE = re.compile(r"[A-DF-HJ-Za-df-hj-z]")
 # Longer than a product of variables is likely to be.
-WORDS = re.compile(r"[A-Za-z]{4,}(?:[ -][A-Za-z]+)*")
+WORDS = re.compile(r"(?:[A-Za-z]+[ -])?[A-Za-z]{4,}(?:[ -][A-Za-z]+)*")
+# Of the left side of an equation: what may stand beside one name, as in f^{-1}(x), a_{n+1} or P(X > 1).
+NAME_DETAIL = re.compile(r"\([^()]*\)|_\{[^{}]*\}|_\w|\^\{(?:-1|(?:\\prime)+)\}")
+NUMERIC_COMMAND = re.compile(r"\\(?:frac|sqrt|cdot|times|div|pi)(?![A-Za-z])")
+OPERATION = re.compile(r"[-+*/^|\d]|\\(?:frac|sqrt|cdot|times)(?![A-Za-z])")
 # An order, a triangle or an angle by its points; to the library a product, whose letters commute.
 POINTS = re.compile(r"(?:\\(?:angle|triangle) ?)?[A-Z]{3,}")
 ABBREVIATION = re.compile(r"\b[A-Za-z](?:\.[A-Za-z])+\b")  # "a.m."
@@ -109,7 +115,7 @@ EXCLUSIVE_WORDS = tuple(
         "above below",
     )
 )
-KNOWN_UNITS = SYMBOLS | {*UNITS.values()}
+KNOWN_UNITS = SYMBOLS | {*UNITS.values(), "percent"}
 # Text after a number that is more than a unit: it changes the value or states a condition.
 NO_UNITS = word_set(
     """and or if for when where unless otherwise except mod modulo hundred thousand million billion trillion
@@ -143,18 +149,20 @@ def compare(answer: str, extracted: str) -> Comparison:
 
     Equal: the same text after rewrites that keep the value, or equal numbers. Unequal: two plain numbers
     (integers, decimals, fractions, percentages) or words that differ, a number and a word, a set and a tuple,
-    and known units that differ.
+    known units that differ, and an equation such as x + y = 1 and its right side alone.
     """
     gold, got = normalised(answer), normalised(extracted)
     if EQUALS.search(got) and not EQUALS.search(gold):
         got = normalised(last_side(got))
     if gold == got:
         return Comparison(gold, got, True)
+    if EQUALS.search(gold) and not EQUALS.search(got) and not names_its_right_side(gold):
+        return Comparison(gold, got, False)
     gold, gold_unit = split_unit(gold)
     got, got_unit = split_unit(got)
     # Only in a response: there "12 apples" is prose, in a ground truth it could be a product.
     got = leading_number(got) or got
-    if units_differ(gold_unit, got_unit):
+    if units_differ(_or_percent(gold_unit, gold), _or_percent(got_unit, got)):
         return Comparison(gold, got, False)
     return Comparison(gold, got, gold == got or _as_words_or_numbers(gold, got))
 
@@ -181,6 +189,12 @@ def _as_words_or_numbers(gold: str, got: str) -> bool | None:
     return None
 
 
+def names_its_right_side(equation: str) -> bool:
+    """Whether the left side is one name or only numbers, so that the right side alone says the same."""
+    side = NAME_DETAIL.sub("", EQUALS.split(equation, maxsplit=1)[0])
+    return not OPERATION.search(side) or not re.search(r"[A-Za-z]", NUMERIC_COMMAND.sub(" ", side))
+
+
 def is_no_number(text: str) -> bool:
     """Whether `text` is a tuple or interval, or holds a variable other than the constants e and i.
 
@@ -198,9 +212,11 @@ def normalised(text: str) -> str:
     and \\text{...} only around the whole.
     """
     text = _without_period(text.strip()).replace("\u2212", "-").replace("\u00b0", r"^\circ")
-    text = text.replace(r"\displaystyle", " ").replace(r"\!", "").replace("{,}", ",").replace(r"\%", "%")
+    text = text.replace(r"\displaystyle", " ").replace(r"\!", "").replace(r"\%", "%")
+    text = text.replace("{,}", ",").replace("{:}", ":")
     text = DOTS.sub(r"\\dots", text).replace(r"\varnothing", r"\emptyset")
-    text = PRIME.sub(r"^{\\prime}", text)
+    text = PRIMES.sub(lambda primes: "^{" + r"\prime" * len(primes[1]) + "}", text)
+    text = BARE_PRIME.sub(r"^{\\prime}", text)
     text = _without_delimiters(text)
     text = DELIMITER_SIZE.sub("", text)
     text = FRACTION_STYLE.sub(r"\\frac", text)
@@ -322,6 +338,10 @@ def _bracket(text: str) -> re.Pattern[str] | None:
         if (match := pattern.fullmatch(text)) is not None and "," in match["entries"]:
             return pattern
     return None
+
+
+def _or_percent(unit: str | None, text: str) -> str | None:
+    return "percent" if unit is None and text.endswith("%") else unit
 
 
 def _named(unit: str, power: str | None) -> str:

@@ -28,15 +28,22 @@ _MATHS_SPACE = r"(?:\s|\$|\\[()\[\],;!]|\\quad)*"
 BOX_CONNECTOR = re.compile(
     rf"{_MATHS_SPACE}(?:[,;&]|,?\s*(?:and|or)\b|\\text\{{\s*(?:and|or)\s*\}}){_MATHS_SPACE}"
 )
+# The colon and the equals sign also in full width.
 ANSWER_MARKER = re.compile(
-    r"""\banswers?\b[*_"']*
-        (?: \s*[:=]                                         # Answer: 5
-          | [^.\n:]{0,80}?\s(?:is|are|equals|=)(?![A-Za-z]) # the answer to the question is 5
-        )[\s:*_]*""",
+    r"""(?: \banswers?\b[*_"']*
+            (?: \s*[:=\uff1a\uff1d]                               # Answer: 5
+              | [^.\n:]{0,80}?\s(?:is|are|equals|=)(?![A-Za-z]) # the answer to the question is 5
+            )
+          | \u7b54\u6848[*_]*\s*[\u662f\u4e3a\u70ba:=\uff1a\uff1d]    # both in Chinese
+        )[\s:\uff1a*_]*""",
     re.IGNORECASE | re.VERBOSE,
 )
+ANSWER_HEADING = re.compile(
+    r"^[ \t]*(?:#{1,6}[ \t]*)?[*_]{0,3}(?:the[ \t]+)?(?:final[ \t]+)?answers?[*_]{0,3}[ \t]*\n[\s*_]*",
+    re.IGNORECASE | re.MULTILINE,
+)
 HASH_MARKER = re.compile(r"(?<!#)####(?!#)[ \t]*(?=\S)")
-SENTENCE_END = re.compile(r"[.;](?=\s|[\"'*]|$)|\n")
+SENTENCE_END = re.compile(r"[.;](?=\s|[\"'*]|$)|[\n\u3002\uff1b]")
 MATHS = re.compile(
     r"(?<!\\)\$\$(?P<display>.+?)(?<!\\)\$\$"
     r"|(?<!\\)\$(?P<inline>(?:\\.|[^$\\\n])+)\$"
@@ -54,6 +61,20 @@ PERCENT = re.compile(r"\s*(?:\\?%|[Pp]er\s?cent\b)")
 EQUALS = re.compile(r"(?<![<>!:=\\])=(?!=)")
 # A word before something that is no operator: "ax + b" is none.
 PROSE = re.compile(r"(?<![\\A-Za-z])(?!(?:and|or)\b)[A-Za-z]{2,}[,:]?\s+[^\s+*/=<>^-]")
+# What is not the answer begins here: "42, not 43", "42 (see part 3)", "42, because 6 * 7 = 42".
+ASIDE = re.compile(
+    r",?\s+(?:(?:not|rather\s+than|instead\s+of|because|since)\b|\((?=\s*[A-Za-z]{2})(?!\s*(?:mod|base|if|for|when|"
+    r"where|unless|or|and|in)\b))"
+)
+# Before a number that is no answer, "at least 43", "the answer is not 43", or a part of one: "sqrt 43".
+QUALIFIER = re.compile(
+    r"(?:\b(?:not|cannot|never|than|at\s+least|at\s+most|under|over|below|above|between\s+\S+\s+and|sqrt|log|ln|sin|cos|"
+    r"tan|mod|modulo|root\s+of)|n't)(?:\s+be)?\s+[$(]?$",
+    re.IGNORECASE,
+)
+MAX_QUALIFIER_CHARS = 40
+# In a sentence that a number opens, what announces that the answer comes later: "5 + 6, which is 11".
+RESULT_WORD = re.compile(r"[=?]|\b(?:which|total(?:ing)?|altogether|giving|making)\b")
 YES_NO = re.compile(r"(?:yes|no|true|false)\b(?=\s*(?:[,.;:!*]|$|because\b|since\b))", re.IGNORECASE)
 
 _NUMBER = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
@@ -61,8 +82,8 @@ _EXPRESSION = rf"[-+\u2212]?{_NUMBER}(?:\s*(?:\*\*|[-+*/^\u00d7\u00f7])\s*[-+]?{
 _CURRENCY = r"(?:\\?\$|[\u20ac\u00a3\u00a5\u20b9])\s?"
 # A number that stands alone: not the 2 of "x2", "f(2)" or "{2}", the 5 of "x + 5" or "x*5", the 3 of "3 + x".
 LAST_EXPRESSION = re.compile(
-    rf"(?<![^\s=(\[$\u20ac\u00a3\u00a5\u20b9:*~\u2248,\"'])(?<![-+*/^<>\u2264\u2265]\s)"
-    rf"(?<!\w\()(?<![\w)]\*)(?P<value>{_EXPRESSION}%?)(?![\w^(\[{{\\}}])(?!\s*[-+*/^=<>]\s*[A-Za-z(\\])"
+    rf"(?<![^\s=(\[$\u20ac\u00a3\u00a5\u20b9:*~\u2248,\"'])(?<![-+/^<>\u2264\u2265]\s)(?<!\*[ \t])"
+    rf"(?<![<>!]=)(?<![<>!]=\s)(?<!\w\()(?<![\w)]\*)(?P<value>{_EXPRESSION}%?)(?![\w^(\[{{\\}}])(?!\s*[-+*/^=<>]\s*[A-Za-z(\\])"
 )
 LEADING_EXPRESSION = re.compile(rf"(?:{_CURRENCY})?(?P<value>{_EXPRESSION})(?P<percent>{PERCENT.pattern})?")
 NUMBER_LINE = re.compile(r"[^A-Za-z\n]*\d[^A-Za-z\n]*")
@@ -167,6 +188,7 @@ def _marked(text: str) -> str | None:
     """The answer after the last marker that one follows."""
     marks = [(match.end(), _hash_answer) for match in HASH_MARKER.finditer(text)]
     marks += [(match.end(), _phrase_answer) for match in ANSWER_MARKER.finditer(text)]
+    marks += [(match.end(), _phrase_answer) for match in ANSWER_HEADING.finditer(text)]
     for end, answer_of in sorted(marks, key=lambda mark: mark[0], reverse=True)[:MAX_MARKERS]:
         answer = answer_of(text[end : end + MAX_PHRASE_CHARS])
         if answer:
@@ -175,12 +197,16 @@ def _marked(text: str) -> str | None:
 
 
 def _hash_answer(phrase: str) -> str | None:
-    """A GSM8K answer line; a Markdown heading of the fourth level looks the same but holds words."""
-    line = _without_end_token(phrase.split("\n", 1)[0]).strip().rstrip(".").strip("*").strip()
-    number = leading_number(line)
+    """A GSM8K answer line; a Markdown heading of the fourth level looks the same but holds words.
+
+    A line of words counts where nothing follows it.
+    """
+    first, _, rest = phrase.partition("\n")
+    line = _unwrapped(_without_end_token(first))
+    number = leading_number(line.rstrip("."))
     if number is not None:
         return number
-    return line if NUMBER_LINE.fullmatch(LATEX_COMMAND.sub("", line)) else None
+    return line if not rest.strip() or NUMBER_LINE.fullmatch(LATEX_COMMAND.sub("", line)) else None
 
 
 def _phrase_answer(phrase: str) -> str | None:
@@ -194,15 +220,18 @@ def _phrase_answer(phrase: str) -> str | None:
     is_bare = all(formula["fraction"] is not None for formula in inside) and not PROSE.search(sentence)
     if inside and not is_bare:
         return _joined(phrase, inside[-1:])
-    number = leading_number(sentence)
+    number = _opening_number(sentence)
     if number is not None:
         return number
     if yes_no := YES_NO.match(sentence):
         return yes_no[0]
     if "\\" not in sentence and PROSE.search(sentence) and re.search(r"\d", sentence):
-        return _plain_answer(sentence)
+        # "42 apples and 43 pears" is no answer in one number.
+        is_whole = LEADING_EXPRESSION.match(sentence) and not RESULT_WORD.search(sentence)
+        return sentence if is_whole else _plain_answer(sentence)
     if re.search(r"[\d\\=+^]", sentence):
         return _short_chain(sentence)
+    sentence = ASIDE.split(sentence, maxsplit=1)[0]
     words = sentence.split()
     if len(words) == 1 and len(sentence) == 1:
         return sentence  # a choice: "A" is no article here
@@ -239,7 +268,10 @@ def _bare_answer(text: str) -> str | None:
 
 
 def _plain_answer(text: str) -> str | None:
-    """The last number, or what follows the last "=" if that number belongs to it; None without a number."""
+    """The last number, or what follows the last "=" if that number belongs to it.
+
+    None without a number, and where words before the last one deny or limit it ("not 43", "at least 43").
+    """
     numbers = list(LAST_EXPRESSION.finditer(text))
     equals = list(EQUALS.finditer(text))
     if equals:
@@ -248,12 +280,21 @@ def _plain_answer(text: str) -> str | None:
         side = (side[: end.start()] if end else side).strip(" *_$")
         is_last = end is None or not LAST_EXPRESSION.search(text, equals[-1].end() + end.end())
         if side and is_last:
-            number = leading_number(side)
+            number = _opening_number(side)
             if number is not None:
                 return number
             if not PROSE.search(side):
                 return side
-    return numbers[-1]["value"] if numbers else None
+    if not numbers:
+        return None
+    start = numbers[-1].start()
+    is_qualified = QUALIFIER.search(text[max(0, start - MAX_QUALIFIER_CHARS) : start])
+    return None if is_qualified else numbers[-1]["value"]
+
+
+def _opening_number(text: str) -> str | None:
+    """As `leading_number`, and an aside may follow ("42 dollars, not 43")."""
+    return leading_number(ASIDE.split(text, maxsplit=1)[0])
 
 
 def _formulas(text: str) -> Sequence[re.Match[str]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_scope.records import Verdict
-from megatron_scope.verify.exact import compare, plain_number
+from megatron_scope.verify.exact import TEXT_COMMAND, compare, plain_number
 from megatron_scope.verify.extraction import extract_answer
 
 # No answer of the known data sets has 300 characters; far longer ones only cost memory and time.
@@ -20,10 +20,16 @@ NUMERIC_DIGITS = 15
 MAX_EXTRA_DIGITS = 1000
 # What the library's parser misreads, and what is therefore equal only as text: "1 2" (it adds or multiplies),
 # the gcd or lcm of letters (it computes them, gcd(m, n) = 1), ratios of three (a:b:c is a/b/c to it), dots
-# ("1, \dots, 9" is "1, 9" to it) and transposes (A^T is A).
+# ("1, \dots, 9" is "1, 9" to it), transposes (A^T is A), derivatives (all of them zero) and cross products
+# (a x b is b x a).
 MISREAD = re.compile(
     r"(?<![\w^.])\d[\d.]*\s+\d|\\gcd|\\lcm|lcm\b|:[^:]*:|\\dots|\^\{? ?(?:T(?![A-Za-z])|\\top)"
+    r"|\\partial|\\frac ?\{d[^{}]{0,8}\}\{d[a-z](?:\^\d)?\}"
+    r"|\\(?:vec|overrightarrow|mathbf|boldsymbol|bm)(?![A-Za-z])[^,=]*\\times"
 )
+SCIENTIFIC = re.compile(r"(?<![\w.])(\d+\.?\d*|\.\d+)[eE]([-+]?\d{1,3})(?![\w.^])")
+# No variables: commands, and text in words.
+NO_LETTERS = re.compile(rf"{TEXT_COMMAND} ?\{{[^{{}}]*\}}|\\[A-Za-z]+")
 
 
 def verify_math(response: str, answer: str) -> Verdict:
@@ -68,7 +74,7 @@ def _equal_formulas(gold: str, got: str) -> bool:
     from math_verify import LatexExtractionConfig, parse, verify
     from math_verify.parser import NormalizationConfig
 
-    if MISREAD.search(gold) or MISREAD.search(got):
+    if MISREAD.search(gold) or MISREAD.search(got) or _has_one_letter_in_two_cases(gold, got):
         return False
     # The answer is extracted already: the library must read all of it, and not pick a number from a text that
     # it cannot parse. Units are ours too, since the library takes the "t" of "3t" for one.
@@ -94,16 +100,20 @@ def _equal_formulas(gold: str, got: str) -> bool:
     )
 
 
+def _has_one_letter_in_two_cases(*texts: str) -> bool:
+    """Whether a and A both occur: to the library, which reads all in lower case, they are one variable."""
+    letters = {letter for text in texts for letter in NO_LETTERS.sub(" ", text) if letter.isalpha()}
+    return any(letter.swapcase() in letters for letter in letters if letter.swapcase() != letter)
+
+
 def _formula(text: str) -> str:
     """`text` with numbers rewritten that the parser misreads: 3e8 (as three e eight) and 0.\\overline{3}."""
     number = plain_number(text)
-    if number is None or not re.search(r"[eE]|\\overline", text):
-        return text
-    if r"\overline" in text:
+    if number is not None and r"\overline" in text:
         sign = "-" if number.value < 0 else ""
         fraction = rf"{sign}\frac{{{abs(number.value.numerator)}}}{{{number.value.denominator}}}"
         return fraction + (r"\%" if number.percent else "")
-    return re.sub(r"[eE]([-+]?\d+)", r" \\times 10^{\1}", text)
+    return SCIENTIFIC.sub(r"(\1 \\times 10^{\2})", text)
 
 
 def _extra_digits(parsed: list[Any]) -> int:

@@ -46,6 +46,10 @@ def test_a_box_that_was_cut_off_gives_no_answer(response, answer):
         ("#### $1,234.50", "1,234.50"),
         ("#### -3", "-3"),
         ("#### Step 2: count\nThere are 9 left.", "9"),
+        ("#### Step 2: count\nThere are 9 left.\n#### Yes", "Yes"),
+        ("So it is.\n#### $e^{-1/3}$\n", "$e^{-1/3}$"),
+        ("#### **3n + 2**", "3n + 2"),
+        ("#### 5 apples.\nQ: next", "5"),
         ("The answer is 18 dollars per day.", "18"),
         ("The final answer is: 5. I hope it is correct.", "5"),
         ("**Final Answer:** 3.5", "3.5"),
@@ -83,6 +87,25 @@ def test_a_box_that_was_cut_off_gives_no_answer(response, answer):
         ("The answer is (\\frac{1}{2}, \\frac{2}{5}, 5)", "(\\frac{1}{2}, \\frac{2}{5}, 5)"),
         ("The answer is \\frac{1}{3}, 1, 9", "\\frac{1}{3}, 1, 9"),
         ("The answer is \\frac{1}{2} of the cake.", "\\frac{1}{2}"),
+        ("The answer is 42, not 43.", "42"),
+        ("The answer is 42 dollars (not 43).", "42"),
+        ("The answer is 42 rather than 43.", "42"),
+        ("The answer is 42 because 5 + 5 = 10.", "42"),
+        ("The answer is 42 (see Theorem 43).", "42"),
+        ("The answer is 3 (mod 7).", "3 (mod 7)"),
+        ("The answer is D, not C.", "D"),
+        ("The answer is not 43 but 42.", "42"),
+        ("The answer is 42 apples and 43 pears.", "42 apples and 43 pears"),
+        ("The answer is 5 + 6, which is 11.", "11"),
+        ('The answer to "What is 6*7?" is 42.', "42"),
+        ("**Final Answer**\n42", "42"),
+        ("## Final Answer\n\n**42**", "42"),
+        ("### The final answer\n$x^2$", "x^2"),
+        ("**Final Answer**: The final answer is $42$. I hope it is correct.", "42"),
+        ("Answer\uff1a42", "42"),
+        ("\u7b54\u6848\u662f42\u3002\u5171 43", "42"),
+        ("\u6700\u7ec8\u7b54\u6848\uff1a**$x^2$**", "x^2"),
+        ("\u56e0\u6b64\uff0c\u7b54\u6848\u4e3a 42\u3002", "42"),
         ("<think>The answer is 3.</think> The answer is 4.", "4"),
         ("<think>The answer is 3.</think>\n", "3"),
     ],
@@ -116,6 +139,8 @@ def test_marked_answers(response, answer):
         ("(-1, 2)", "(-1, 2)"),
         ("Yes", "Yes"),
         ("12:30", "12:30"),
+        ("**Total**\n42", "42"),
+        ("So x = 42, not 43", "42"),
     ],
 )
 def test_without_a_marker_the_last_side_or_number_counts(response, answer):
@@ -129,8 +154,44 @@ def test_no_answer(response):
     assert extract_answer(response) is None
 
 
+@pytest.mark.parametrize(
+    "response",
+    [
+        "The answer is not 43.",
+        "The answer isn't 43.",
+        "The answer cannot be 43.",
+        "The answer is at least 43.",
+        "The answer is more than $43",
+        "The answer is between 42 and 43.",
+        "Hence x >= 43.",
+        "Hence x != 43.",
+        "It is the sqrt 43",
+        "It is 3 mod 43",
+    ],
+)
+def test_a_number_that_words_deny_or_limit_is_no_answer(response):
+    assert extract_answer(response) is None
+
+
 UNITS = ["\\boxed{", "{", "}", "$", "$a ", "the answer is ", "answer: x y\n", "#### ", "1", "1+", "(", "\\["]
-UNITS += ["=", "1 ", "1,234,", "\\frac{", " ", "ab ", "\\boxed{1},", "\\", "1e", "answer"]
+UNITS += [
+    "not ",
+    "answer\n",
+    "\u7b54\u6848 ",
+    " (a",
+    " not 1",
+    "between 1 and ",
+    "=",
+    "1 ",
+    "1,234,",
+    "\\frac{",
+    " ",
+    "ab ",
+    "\\boxed{1},",
+    "\\",
+    "1e",
+    "answer",
+]
 
 
 @pytest.mark.parametrize("unit", UNITS)

@@ -48,6 +48,22 @@ points: \angle ABC | \angle ABC
 relation: x \leq 5 | x \le 5
 relation: x<5 | 5>x
 equation: y=2x+1 | y-2x=1
+equation: f^{-1}(x)=2x | 2x
+equation: a_{n+1}=2^n | 2^n
+equation: x+y=1 | y=1-x
+equation: (x,y)=(1,2) | (1,2)
+power: 2^{3}3^{2} | 72
+power: 5.3e3 | 0+5.3e3
+power: \frac{x}{2e3} | \frac{x}{2000}
+power: 72 | 2^{3} 3^{2}
+power: x^{2}3y | 3x^2y
+power: x^{2}y | y x^2
+prime: 5^\prime | 5'
+prime: y'' | y^{\prime\prime}
+derivative: \frac{dy}{dx} | \dfrac{dy}{dx}
+letter: \frac{a}{B} | \frac {a} {B}
+unit: 20^{\circ}C | 20^\circ C
+time: 10:30 | 10{:}30
 dots: 1, 2, \ldots, 9 | 1,2,\dots,9
 """
 
@@ -102,6 +118,26 @@ relation: x<5 | x \le 5
 relation: x \ne 3 | x = 3
 equation: y=2x+1 | y=2x-1
 equation: a_n = 2^n | b_n = 2^n
+equation: x+y=1 | 1
+equation: x^2+y^2=1 | 1
+equation: 2x=4 | 4
+equation: \alpha+\beta=1 | 1
+power: 2^{3}3^{2} | 2^{33}
+power: x+5e3 | x+5e4
+power: x^{23} | x^{2}3
+prime: 5 | 5'
+prime: 5' | 5''
+prime: y'' | y
+derivative: \frac{dy}{dx} | \frac{dx}{dy}
+derivative: \frac{\partial f}{\partial x} | \frac{\partial f}{\partial y}
+product: \vec{a}\times\vec{b} | \vec{b}\times\vec{a}
+letter: \frac{a}{b} | \frac{a}{B}
+letter: \frac{a}{A} | 1
+letter: a+b | A+B
+letter: x | X
+percent: 5\% | \$5
+percent: 90\% | 90^\circ
+percent: 5\text{ kg} | 5\%
 dots: 1,2,\ldots,10 | 1,2,10
 """
 
