@@ -235,7 +235,8 @@ def test_real_prompts_run_and_their_rollouts_can_be_read(run, write, config, tmp
         (["--nproc", "3", "parallel.tensor=2"], "there are 3 ranks"),
         (["--nproc", "4", "parallel.tensor=4"], "has 2 query groups"),
         (["--nproc", "2", "student.hf=/nowhere"], "/nowhere"),
-        (["objective.name=grpo"], "objective.name"),
+        (["objective.name=dpo"], "objective.name is 'dpo': expected one of scope, opd, grpo, kd, sft"),
+        (["objective.name=opd", "objective.preset=official"], "it is the authors' variant of SCOPE"),
         (["rollout.max_new_tokens=1000"], "the models have 256 positions at most"),
     ],
 )
