@@ -18,7 +18,7 @@ from rich.table import Table
 from megatron_scope.config import Config
 from megatron_scope.controller.service import RolloutService
 from megatron_scope.convert.hf_folder import HfFolder
-from megatron_scope.data.jsonl import write_rows_atomically
+from megatron_scope.data.jsonl import without_nan, write_rows_atomically
 from megatron_scope.data.prompts import load_prompts
 from megatron_scope.data.tokenizer import check_template, load_tokenizer, stop_token_ids
 from megatron_scope.errors import ConfigError
@@ -226,7 +226,7 @@ def _write_json(
                 "num_aborted": sum(item.rollout.finish_reason == "abort" for item in result.judged),
                 "num_truncated": sum(item.rollout.finish_reason == "length" for item in result.judged),
                 **{name: dataclasses.asdict(e) for name, e in _columns(options, result.summary).items()},
-                "diversity": _plain(dataclasses.asdict(result.diversity)),
+                "diversity": without_nan(dataclasses.asdict(result.diversity)),
                 "num_correct": {
                     prompt.id: int(count)
                     for prompt, count in zip(result.prompts, result.correct_PS.sum(axis=1), strict=True)
@@ -237,13 +237,6 @@ def _write_json(
         "mean": _means(options, results),
     }
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    """Means over nothing as null: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def _response_rows(results: Sequence[BenchmarkResult]):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_scope.backend.update import StepUpdate
+from megatron_scope.data.jsonl import without_nan
 from megatron_scope.objective.diagnostics import mean_perplexity, one_sided_share, path_spread
 from megatron_scope.records import ResponseTable, RolloutCounts
 
@@ -87,8 +87,4 @@ def step_metrics(
         "seconds": {**seconds, "total": total_s},
         "scoring_hidden_share": 0.0,  # scoring starts when the last response has arrived
     }
-    return {key: _plain(value) for key, value in row.items()}
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return without_nan(row)

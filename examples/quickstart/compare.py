@@ -11,13 +11,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from plot import draw
 from scores import BASE, LABELS, TEMPERATURES, CompareError, evaluation_file, read
 from tables import markdown
 
+from megatron_scope.data.jsonl import without_nan
 from megatron_scope.errors import ScopeError
 
 
@@ -27,19 +26,10 @@ def compare(runs: Path, seeds: Sequence[int], methods: Sequence[str], results: P
     text = markdown(comparison)
     results.mkdir(parents=True, exist_ok=True)
     (results / f"{name}.md").write_text(f"{text}\n\n![the same as a picture]({name}.png)\n", encoding="utf-8")
-    report = json.dumps(_plain(dataclasses.asdict(comparison)), indent=1, allow_nan=False)
+    report = json.dumps(without_nan(dataclasses.asdict(comparison)), indent=1, allow_nan=False)
     (results / f"{name}.json").write_text(f"{report}\n", encoding="utf-8")
     draw(comparison, results / f"{name}.png")
     print(f"{text}\n\nThe same as a picture: {results / name}.png")
-
-
-def _plain(value: Any) -> Any:
-    """Means over nothing as null: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def found_seeds(runs: Path) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
@@ -41,7 +42,7 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
 def parse_row(line: bytes, *, where: str) -> dict[str, Any]:
     """The JSON object in `line`; DataError if it is none, with a message that `where` (path, line) opens."""
     try:
-        row = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+        row = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite_float)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 text (byte {error.start + 1} of the line)") from None
     except json.JSONDecodeError as error:
@@ -89,6 +90,15 @@ def write_rows_atomically(path: str | os.PathLike[str], rows: Iterable[Mapping[s
     return num_rows
 
 
+def without_nan(value: Any) -> Any:
+    """`value` with null for every NaN and infinity inside of mappings, lists and tuples: JSON has none."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def json_type(value: Any) -> str:
     """What JSON calls a value, for messages."""
     names = {
@@ -120,6 +130,13 @@ def _blamed_on(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _finite_float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"{digits[:40]} is beyond 1.8e308; write it as text in quotes")
+    return value
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -43,6 +43,12 @@ def uniform_weights(table: ResponseTable, aggregation: Aggregation) -> np.ndarra
     return ones if aggregation is Aggregation.TOKEN_MEAN else ones / group_sizes(table)
 
 
+def uniform_factors(table: ResponseTable, aggregation: Aggregation) -> np.ndarray:
+    """The coefficient of a token of each response where all responses count alike, float64 [N]."""
+    everybody = np.ones(len(table), dtype=bool)
+    return uniform_weights(table, aggregation) * token_factors(table, aggregation, everybody)
+
+
 def coefficients(
     table: ResponseTable,
     *,

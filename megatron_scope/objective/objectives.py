@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from megatron_scope.config.schema import CorrectPath, ObjectiveConfig, ObjectiveName
-from megatron_scope.objective.aggregation import coefficients, group_sizes, token_factors, uniform_weights
+from megatron_scope.objective.aggregation import (
+    coefficients,
+    group_sizes,
+    token_factors,
+    uniform_factors,
+    uniform_weights,
+)
 from megatron_scope.objective.losses import (
     TokenTerms,
     distillation_surrogate,
@@ -125,9 +131,10 @@ def _opd(config: ObjectiveConfig) -> Objective:
 
     def weigh(table: ResponseTable, student_mean: np.ndarray, teacher_mean: np.ndarray) -> WeighedResponses:
         del student_mean, teacher_mean
-        weights = uniform_weights(table, config.aggregation)
-        distill = weights * token_factors(table, config.aggregation, _everybody(table))
-        return WeighedResponses(weights, coefficients(table, distill=distill))
+        distill = uniform_factors(table, config.aggregation)
+        return WeighedResponses(
+            uniform_weights(table, config.aggregation), coefficients(table, distill=distill)
+        )
 
     return Objective(
         student_scored=_nobody,
@@ -147,9 +154,7 @@ def _grpo(config: ObjectiveConfig) -> Objective:
     def weigh(table: ResponseTable, student_mean: np.ndarray, teacher_mean: np.ndarray) -> WeighedResponses:
         del student_mean, teacher_mean
         advantages = group_advantages(table)
-        factors = uniform_weights(table, config.aggregation) * token_factors(
-            table, config.aggregation, _everybody(table)
-        )
+        factors = uniform_factors(table, config.aggregation)
         return WeighedResponses(
             advantages,
             coefficients(table, advantage=advantages * factors, reference_kl=config.kl_coefficient * factors),
@@ -181,9 +186,10 @@ def _given(config: ObjectiveConfig) -> Objective:
 
     def weigh(table: ResponseTable, student_mean: np.ndarray, teacher_mean: np.ndarray) -> WeighedResponses:
         del student_mean, teacher_mean
-        weights = uniform_weights(table, config.aggregation)
-        likelihood = weights * token_factors(table, config.aggregation, _everybody(table))
-        return WeighedResponses(weights, coefficients(table, likelihood=likelihood))
+        likelihood = uniform_factors(table, config.aggregation)
+        return WeighedResponses(
+            uniform_weights(table, config.aggregation), coefficients(table, likelihood=likelihood)
+        )
 
     return Objective(
         student_scored=_nobody,

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tests.helpers import oracles
 from tests.helpers.models import CHARACTERS, read_weights, save_llama, save_qwen2
 from tests.helpers.rollouts import random_rows, write_rows
+from tests.helpers.settings import changed
 
 VOCAB = len(CHARACTERS)
 ROWS = random_rows(num_prompts=6, num_samples=4, vocab_size=VOCAB, seed=5)
@@ -69,10 +70,6 @@ def settings(models: tuple[Path, Path], tmp_path: Path) -> dict[str, Any]:
         "optimizer": {"lr": 1e-3},
         "checkpoint": {"every": 0},
     }
-
-
-def changed(settings: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
-    return {**settings, **{name: {**settings.get(name, {}), **values} for name, values in sections.items()}}
 
 
 def batch_of(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from megatron_scope.errors import CheckpointError, ConfigError, DataError, RolloutError, ScoringError
 from tests.helpers.models import read_weights, save_qwen2, save_tokenizer
 from tests.helpers.rollouts import random_rows, write_rows
+from tests.helpers.settings import changed
 
 NUMBERS = [
     *("loss", "nll_correct", "kl_incorrect", "grad_norm", "accuracy", "student_ppl_correct"),
@@ -52,10 +53,6 @@ def settings(models: tuple[Path, Path], tmp_path: Path) -> dict[str, Any]:
         "optimizer": {"lr": 1e-3},
         "checkpoint": {"every": 0},
     }
-
-
-def changed(settings: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
-    return {**settings, **{name: {**settings.get(name, {}), **values} for name, values in sections.items()}}
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,13 +14,10 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.helpers.settings import changed
 from tests.integration.conftest import environment, metrics, start
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_train.jsonl"
-
-
-def with_settings(config: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
-    return {**config, **{name: {**config.get(name, {}), **values} for name, values in sections.items()}}
 
 
 def one_line(result: subprocess.CompletedProcess[str]) -> str:
@@ -87,7 +84,7 @@ def test_a_run_leaves_what_the_contract_names_and_no_process(run, write, config,
     ids=["tp2", "tp2-pp2-sp"],
 )
 def test_nproc_starts_the_ranks_itself_and_gives_the_same_first_step(run, write, config, tmp_path, words):
-    path = write(with_settings(config, run={"steps": 1}))
+    path = write(changed(config, run={"steps": 1}))
     assert run("train", path).returncode == 0
     many = run("train", path, f"run.output_dir={tmp_path / 'many'}", *words)
     assert many.returncode == 0, many.stderr
@@ -113,7 +110,7 @@ def test_each_method_lifts_a_weak_student(run, write, config, tmp_path, words):
     """Accuracy of fresh samples at the rollout temperature, over the first and the last five steps."""
     sizes = {"prompts_per_step": 32, "samples_per_prompt": 8, "max_new_tokens": 4}
     optimizer = {"lr": 1e-3, "weight_decay": 0.0}
-    config = with_settings(config, run={"steps": 25}, rollout=sizes, optimizer=optimizer)
+    config = changed(config, run={"steps": 25}, rollout=sizes, optimizer=optimizer)
     result = run("train", write(config), *words)
     assert result.returncode == 0, result.stderr
     accuracy = [row["accuracy"] for row in metrics(tmp_path / "run")]
@@ -121,7 +118,7 @@ def test_each_method_lifts_a_weak_student(run, write, config, tmp_path, words):
 
 
 def test_torchrun_gives_the_ranks(write, config, tmp_path):
-    path = write(with_settings(config, run={"steps": 1}))
+    path = write(changed(config, run={"steps": 1}))
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megatron_scope"]
     result = subprocess.run(
         [sys.executable, *words, "train", path],
@@ -135,7 +132,7 @@ def test_torchrun_gives_the_ranks(write, config, tmp_path):
 
 
 def test_a_run_killed_in_mid_step_goes_on_to_the_same_numbers(run, write, config, tmp_path):
-    config = with_settings(config, run={"steps": 5}, checkpoint={"every": 1})
+    config = changed(config, run={"steps": 5}, checkpoint={"every": 1})
     path = write(config)
     assert run("train", path, f"run.output_dir={tmp_path / 'whole'}").returncode == 0
     process = start("train", path)
@@ -161,7 +158,7 @@ def test_a_run_killed_in_mid_step_goes_on_to_the_same_numbers(run, write, config
 
 
 def test_ranks_end_with_their_launcher_and_nobody_else_writes_to_their_folder(run, write, config):
-    path = write(with_settings(config, run={"steps": 5000}))
+    path = write(changed(config, run={"steps": 5000}))
     process = start("train", path, "--nproc", "2")
     assert process.stdout is not None
     for line in process.stdout:
@@ -177,7 +174,7 @@ def test_ranks_end_with_their_launcher_and_nobody_else_writes_to_their_folder(ru
 
 
 def test_sigterm_ends_a_run_with_its_server(write, config):
-    path = write(with_settings(config, run={"steps": 5000}))
+    path = write(changed(config, run={"steps": 5000}))
     process = start("train", path)
     assert process.stdout is not None
     for line in process.stdout:
@@ -211,7 +208,7 @@ def test_real_prompts_run_and_their_rollouts_can_be_read(run, write, config, tmp
     from transformers import AutoConfig
 
     assert AutoConfig.from_pretrained(config["student"]["hf"]).max_position_embeddings == 256
-    config = with_settings(config, data={"train": str(GSM8K), "max_prompt_tokens": 200})
+    config = changed(config, data={"train": str(GSM8K), "max_prompt_tokens": 200})
     result = run("train", write(config))
     assert result.returncode == 0, result.stderr
     rows = [
@@ -271,13 +268,13 @@ def test_prompts_that_are_all_over_the_limit_are_an_error(run, write, config):
 
 def test_a_server_that_is_not_there_is_an_error_after_the_time_limit(run, write, config):
     servers = {"engine": "sglang", "servers": ["http://127.0.0.1:9"], "start_timeout_s": 2}
-    result = run("train", write(with_settings(config, rollout=servers)))
+    result = run("train", write(changed(config, rollout=servers)))
     assert result.returncode == 1
     assert "http://127.0.0.1:9: not healthy after 2 s" in one_line(result)
 
 
 def test_a_server_that_dies_in_the_run_is_one_clear_error_on_all_ranks(run, write, config):
-    config = with_settings(config, run={"steps": 500})
+    config = changed(config, run={"steps": 500})
     process = start("train", write(config), "--nproc", "2")
     assert process.stdout is not None
     for line in process.stdout:

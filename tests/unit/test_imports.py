@@ -43,7 +43,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # What joins stages.
     "controller": (*_BASE, "config", "data", "rollout", "verify"),
     "preflight": (*_BASE, "config", "convert", "data"),
-    "metrics": (*_BASE, "config", "backend", "objective"),
+    "metrics": (*_BASE, "config", "data.jsonl", "backend", "objective"),
     "scoring": (*_BASE, "config", "backend", "objective"),
     "progress": (*_BASE, "config"),
     "run_folder": (*_BASE, "config", "data.jsonl"),

@@ -182,7 +182,7 @@ BAD = [
     ({**MINIMAL, "sample": [0]}, "sample"),
     ({**MINIMAL, "finish_reason": "aborted"}, "finish_reason is 'aborted'"),
     ({**MINIMAL, "finish_reason": None}, "finish_reason is None"),
-    ('{"step": 1e999}', "step"),
+    ('{"step": 1e999}', "not JSON: 1e999 is beyond 1.8e308; write it as text in quotes"),
     ("{", "not JSON"),
     ("[]", "expected a JSON object"),
 ]

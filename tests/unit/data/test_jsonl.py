@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from megatron_scope.data.jsonl import read_rows, write_rows_atomically
+from megatron_scope.data.jsonl import read_rows, without_nan, write_rows_atomically
 from megatron_scope.errors import DataError
 
 
@@ -115,3 +115,21 @@ def test_a_full_disk_is_a_data_error(tmp_path, monkeypatch):
 def test_a_missing_folder_is_a_data_error(tmp_path):
     with pytest.raises(DataError, match=r"rows\.jsonl: cannot be written: No such file"):
         write_rows_atomically(tmp_path / "missing" / "rows.jsonl", [])
+
+
+def test_a_number_that_no_float_holds_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1e308}\n{"a": [-1e309]}\n')
+    with pytest.raises(DataError) as raised:
+        list(read_rows(path))
+    assert str(raised.value) == f"{path}:2: not JSON: -1e309 is beyond 1.8e308; write it as text in quotes"
+
+
+def test_without_nan_puts_null_for_what_json_does_not_have():
+    nan, infinity = float("nan"), float("inf")
+    assert without_nan({"a": nan, "b": [1, (infinity, 2.5)], "c": {"d": -infinity}, "e": "nan"}) == {
+        "a": None,
+        "b": [1, [None, 2.5]],
+        "c": {"d": None},
+        "e": "nan",
+    }
