@@ -54,7 +54,9 @@ class Scorer:
         keeps_old = needs_old_logprobs(self.config)
         everybody = np.ones(len(table), dtype=bool)
 
-        def scored(name: str, stage: StageModel | None, mask: np.ndarray, temperature: float):
+        def scored(
+            name: str, stage: StageModel | None, mask: np.ndarray, temperature: float
+        ) -> tuple[TokenLogprobs, np.ndarray]:
             tokens = self.token_logprobs(stage, responses, mask, temperature)
             mean = mean_logprobs(tokens, len(table), self.ranks)
             _check_finite(name, mean, mask, names)
