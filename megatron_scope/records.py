@@ -164,6 +164,21 @@ class MicroBatch:
     stop: np.ndarray
     engine_logprobs: np.ndarray
 
+    @classmethod
+    def of_padding(cls, num_tokens: int) -> MicroBatch:
+        """One without responses, so that all replicas can run the same number."""
+        none = np.zeros(0, dtype=np.int64)
+        return cls(
+            tokens=np.zeros(num_tokens, dtype=np.int64),
+            positions=np.arange(num_tokens),
+            cu_seqlens=np.array([0, num_tokens], dtype=np.int32),
+            rows=none,
+            targets=none,
+            response=none,
+            stop=np.zeros(0, dtype=bool),
+            engine_logprobs=np.zeros(0, dtype=np.float32),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class ResponseCoefficients:

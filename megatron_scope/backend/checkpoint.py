@@ -19,7 +19,8 @@ from megatron.core import dist_checkpointing
 
 from megatron_scope.backend.optimizer import Trainable
 from megatron_scope.backend.setup import Ranks
-from megatron_scope.convert.hf_writer import sync_to_disk
+from megatron_scope.config.schema import COMPANIONS
+from megatron_scope.convert.files import copy_companions, sync_to_disk
 from megatron_scope.errors import CheckpointError
 
 STATE_FILE = "state.json"
@@ -77,6 +78,7 @@ def save(
     dist_checkpointing.save(_sharded_state(student, is_loading=False), str(partial))
     dist.barrier(group=ranks.world_group)
     if ranks.rank == 0:
+        copy_companions(student.stage.source.companions, partial / COMPANIONS)
         files = {
             str(path.relative_to(partial)): path.stat().st_size
             for path in partial.rglob("*")

@@ -6,6 +6,7 @@ patch states the line of Megatron-core (0.16) that needs it. On a machine with C
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from typing import Any
@@ -32,6 +33,7 @@ def host() -> None:
     _place_factories()
     _name_tensor_types()
     _name_the_generator()
+    _hand_out_token_counts()
     torch.cuda._hosted_by_megatron_scope = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -44,15 +46,21 @@ def _name_the_device() -> None:
     torch.cuda.empty_cache = lambda: None
     torch.cuda.current_stream = lambda device=None: _NoStream()  # distributed_data_parallel.py waits on it
     torch.cuda.default_stream = lambda device=None: _NoStream()
+    # moe/token_dispatcher.py copies token counts to the host on a stream of its own.
+    torch.cuda.Stream = _NoStream
+    torch.cuda.stream = contextlib.nullcontext
     # optimizer.py and checkpoint loading move tensors "to the GPU".
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
 
 
 class _NoStream:
-    """A CPU runs in order: waiting for a stream is done before it starts."""
+    """A CPU runs in order: waiting for a stream, or an event on one, is done before it starts."""
 
     def wait_stream(self, stream: Any) -> None:
         del stream
+
+    def record_event(self) -> _NoStream:
+        return self
 
     def synchronize(self) -> None:
         pass
@@ -68,6 +76,21 @@ def _name_the_generator() -> None:
 
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _hand_out_token_counts() -> None:
+    # The dispatcher wants the counts that its all-to-all splits by as numpy (token_dispatcher.py), which
+    # maybe_move_tensor_to_cpu (moe_utils.py) makes of CUDA tensors only.
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        del record_stream
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    moe_utils.maybe_move_tensor_to_cpu = move
+    token_dispatcher.maybe_move_tensor_to_cpu = move
+    # moe_utils.py defines it only where Transformer Engine is installed, and asks for it everywhere.
+    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
 
 
 def _place_factories() -> None:

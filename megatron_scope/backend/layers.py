@@ -72,14 +72,14 @@ class RMSNorm(torch.nn.Module):
 
 
 class PackedAttention(torch.nn.Module):
-    """Causal grouped-query attention within each sequence of a packed row, by
-    scaled_dot_product_attention.
+    """Causal grouped-query attention within each sequence of a packed row, by scaled_dot_product_attention;
+    with `config.window_size` (before, 0) a token sees itself and that many before it.
     """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__()
         self.scale = softmax_scale
-        self.window = config.window_size
+        self.before = -1 if config.window_size is None else config.window_size[0]  # -1: all
 
     def forward(
         self,
@@ -118,7 +118,7 @@ class PackedAttention(torch.nn.Module):
             longest,
             longest,
             scale=self.scale,
-            window_size=(-1, 0),
+            window_size=(self.before, 0),
             enable_gqa=k.shape[1] != q.shape[1],
         )
 
@@ -129,16 +129,25 @@ class PackedAttention(torch.nn.Module):
             q_nhld, k_nhld, v_nhld = (
                 x[rows].view(count, length, x.shape[1], x.shape[2]).transpose(1, 2) for x in (q, k, v)
             )
+            mask_ll = self._window_mask(length, q.device)
             out = F.scaled_dot_product_attention(
                 q_nhld,
                 k_nhld,
                 v_nhld,
-                is_causal=True,
+                attn_mask=mask_ll,
+                is_causal=mask_ll is None,
                 scale=self.scale,
                 enable_gqa=k.shape[1] != q.shape[1],
             )
             outputs.append(out.transpose(1, 2).reshape(count * length, q.shape[1], q.shape[2]))
         return torch.cat(outputs)
+
+    def _window_mask(self, length: int, device: torch.device) -> Tensor | None:
+        """Which tokens (columns) each token (row) sees, bool [length, length]; None for all before it."""
+        if self.before < 0 or length <= self.before + 1:
+            return None
+        seen = torch.ones(length, length, dtype=torch.bool, device=device)
+        return seen.tril().triu(-self.before)
 
 
 class PackedRotary(torch.nn.Module):
@@ -164,7 +173,9 @@ class PackedRotary(torch.nn.Module):
 
 def block_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage: Megatron's own linear layers with this file's norm and attention."""
-    layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    layer: ModuleSpec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm
+    )
     parts: Any = layer.submodules
     parts.input_layernorm = RMSNorm
     parts.pre_mlp_layernorm = RMSNorm

@@ -1,4 +1,4 @@
-"""Megatron-core GPT models from Hugging Face folders, ending in final hidden states."""
+"""Megatron-core GPT models from stored weights, ending in final hidden states."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ from torch.nn import functional as F
 from megatron_scope.backend.layers import PackedRotary, block_spec
 from megatron_scope.backend.setup import Ranks
 from megatron_scope.config.schema import Precision, Recompute, TrainConfig
-from megatron_scope.convert.hf_folder import HfFolder
-from megatron_scope.convert.mapping import Entry, check_names, load_stage, stage_entries
-from megatron_scope.convert.shape import ModelShape, check_layout, spread_layers
+from megatron_scope.convert.mapping import Entry, ModelSource, load_stage, stage_entries
+from megatron_scope.convert.shape import Mixture, ModelShape, check_layout, check_trainable, spread_layers
 
 DTYPES = {Precision.FLOAT32: torch.float32, Precision.BFLOAT16: torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
 class StageModel:
-    """This rank's part of one model and what the rest of the backend needs to know of it."""
+    """This rank's part of one model and what the rest of the backend needs to know of it.
+
+    `entries` are those of its stage on each rank of the expert group, in order; one list for a dense model.
+    """
 
     module: GPTModel
     config: TransformerConfig
-    folder: HfFolder
-    entries: list[Entry]
+    source: ModelSource
+    entries: list[list[Entry]]
     vocab_start: int
     vocab_size: int
 
     @property
     def shape(self) -> ModelShape:
-        return self.folder.shape
+        return self.source.shape
 
     def output_weight(self) -> Tensor:
         """This rank's shard [V_local, h] of the output table; the embedding's where the two are tied."""
@@ -49,7 +51,7 @@ class StageModel:
 
 
 def build(
-    folder: HfFolder,
+    source: ModelSource,
     ranks: Ranks,
     train: TrainConfig,
     *,
@@ -59,46 +61,65 @@ def build(
     pipeline_layers: tuple[int, ...] | None,
     trainable: bool,
 ) -> StageModel:
-    """This rank's stage of the model in `folder`, with its weights.
+    """This rank's stage of the model in `source`, with its weights.
 
     `padded_vocab` is the table size that both models of a run share, `vocab_size` the columns that count.
-    Raises ConfigError when the sizes cannot be split over the layout, DataError when the folder is not what
-    its config.json says.
+    Raises ConfigError when the model cannot be split over the layout or trained at it, DataError when the
+    source is not what its config.json says.
     """
-    check_names(folder)
-    shape = folder.shape
+    shape = source.shape
     stage_sizes = pipeline_layers or spread_layers(shape.num_layers, ranks.pipeline_size)
-    check_layout(shape, ranks.tensor_size, stage_sizes, str(folder.path))
+    # A dense model beside one with experts does without expert parallelism.
+    expert_size = ranks.expert_size if shape.mixture else 1
+    check_layout(shape, ranks.tensor_size, stage_sizes, str(source.path), expert_size)
+    if trainable:
+        check_trainable(shape, ranks.tensor_size, sequence_parallel, stage_sizes, str(source.path))
     config = _transformer_config(shape, ranks, train, sequence_parallel, stage_sizes, trainable)
     module = _module(shape, config, ranks, padded_vocab, stage_sizes)
     first_layer = sum(stage_sizes[: ranks.pipeline_rank])
     layers = range(first_layer, first_layer + stage_sizes[ranks.pipeline_rank])
-    entries = stage_entries(
-        folder.family, shape, padded_vocab, layers, first=ranks.is_first_stage, last=ranks.is_last_stage
-    )
+    ends = {"first": ranks.is_first_stage, "last": ranks.is_last_stage}
+    entries = [
+        stage_entries(source.family, shape, padded_vocab, layers, **ends, experts=experts)
+        for experts in _experts(shape, expert_size)
+    ]
     parameters = dict(module.named_parameters())
-    load_stage(parameters, entries, folder, ranks.tensor_rank, ranks.tensor_size)
-    for entry in entries:
-        _mark_split(parameters[entry.parameter], entry.layout.split_dim)
-    folder.close()
+    mine = entries[ranks.expert_rank % len(entries)]
+    load_stage(parameters, mine, source, ranks.tensor_rank, ranks.tensor_size)
+    for entry in mine:
+        _mark(parameters[entry.parameter], entry)
+    source.close()
     module.requires_grad_(trainable)
+    module.train(trainable)
     return StageModel(
         module=module,
         config=config,
-        folder=folder,
+        source=source,
         entries=entries,
         vocab_start=ranks.tensor_rank * (padded_vocab // ranks.tensor_size),
         vocab_size=vocab_size,
     )
 
 
-def _mark_split(parameter: torch.nn.Parameter, dim: int | None) -> None:
-    """Marks a tensor-parallel shard, which Megatron does only when it initialises weights itself.
+def _experts(shape: ModelShape, expert_size: int) -> list[range]:
+    """The global numbers of the experts that each rank of the expert group holds; none in a dense model."""
+    count = shape.mixture.num_experts // expert_size if shape.mixture else 0
+    return [range(rank * count, (rank + 1) * count) for rank in range(expert_size)]
 
-    The gradient's norm counts unmarked parameters on tensor rank 0 alone.
+
+def _mark(parameter: torch.nn.Parameter, entry: Entry) -> None:
+    """Says of which ranks a parameter's gradient is the sum, and on which it counts in the norm.
+
+    Megatron marks tensor-parallel shards only when it initialises weights itself; the norm counts unmarked
+    parameters on tensor rank 0 alone. Experts, which no tensor rank shares, count on every rank.
     """
+    dim: Any = entry.layout.split_dim if entry.expert is None else -1
     if dim is not None and not getattr(parameter, "tensor_model_parallel", False):
         tensor_parallel.set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
+    if entry.expert is not None:
+        # Reduces over all ranks that hold the expert, tensor ranks too; Megatron says so only where experts
+        # are spread (tensor_parallel/layers.py).
+        parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _transformer_config(
@@ -118,6 +139,7 @@ def _transformer_config(
         rows[-1].append(LayerType.loss)
         layout = PipelineParallelLayerLayout(rows, ranks.pipeline_size)
     recompute = train.recompute if trainable else Recompute.NONE
+    window = None if shape.sliding_window is None else (shape.sliding_window - 1, 0)
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -143,10 +165,12 @@ def _transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         variable_seq_lengths=True,
+        window_size=window,
+        **_mixture_settings(shape.mixture, ranks),
         moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths asks for, even of a dense model
         calculate_per_token_loss=True,  # the hook's sums reach the gradient undivided
         use_cpu_initialization=on_cpu,
-        perform_initialization=False,  # every parameter is read from the folder
+        perform_initialization=False,  # every parameter is read from the source
         # Fusions need CUDA extensions or a compiler; each is a later choice of the GPU path.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -159,6 +183,25 @@ def _transformer_config(
         recompute_num_layers=1 if recompute is Recompute.FULL else None,
         recompute_modules=["core_attn"] if recompute is Recompute.SELECTIVE else None,
     )
+
+
+def _mixture_settings(mixture: Mixture | None, ranks: Ranks) -> dict[str, Any]:
+    if mixture is None:
+        return {}
+    return {
+        "num_moe_experts": mixture.num_experts,
+        "moe_ffn_hidden_size": mixture.ffn_hidden_size,
+        "moe_router_topk": mixture.experts_per_token,
+        # A softmax over the chosen experts alone is one over all of them, normalized.
+        "moe_router_pre_softmax": not mixture.normalize_weights,
+        "moe_router_dtype": "fp32",
+        # No auxiliary loss: its sum over micro-batches would depend on how responses are packed.
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": False,
+        "expert_model_parallel_size": ranks.expert_size,
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 def _module(

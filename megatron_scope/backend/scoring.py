@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_scope.backend.distribute import largest
 from megatron_scope.backend.model import StageModel
 from megatron_scope.backend.schedule import run, token_statistics
 from megatron_scope.backend.setup import Ranks
@@ -71,6 +72,8 @@ def score(
 
     With `stop_token_id` the stop token of a response is scored as that one, whichever ended it.
     """
+    if stage.shape.mixture and ranks.expert_size > 1:
+        micro_batches = _as_many_everywhere(stage, micro_batches, ranks)
     if not micro_batches:
         return TokenLogprobs({})
 
@@ -85,6 +88,17 @@ def score(
     return TokenLogprobs(
         {index: values[rows] for micro_batch, values in results for index, rows in response_rows(micro_batch)}
     )
+
+
+def _as_many_everywhere(
+    stage: StageModel, micro_batches: Sequence[MicroBatch], ranks: Ranks
+) -> list[MicroBatch]:
+    """With micro-batches of padding alone to the largest number that a replica has: each of them exchanges
+    tokens with the experts that others hold.
+    """
+    missing = largest(ranks, len(micro_batches)) - len(micro_batches)
+    padding = MicroBatch.of_padding(ranks.tensor_size if stage.config.sequence_parallel else 1)
+    return [*micro_batches, *[padding] * missing]
 
 
 def mean_logprobs(scores: TokenLogprobs, num_responses: int, ranks: Ranks) -> np.ndarray:

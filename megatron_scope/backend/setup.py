@@ -25,8 +25,12 @@ _HOST_TIMEOUT = datetime.timedelta(days=7)
 class Ranks:
     """Where this process stands. A *replica* is one copy of the model: tensor x pipeline ranks.
 
-    `tensor_group` carries model tensors (NCCL on CUDA). `world_group`, `replica_group` and `leader_group`
-    carry host objects over gloo; `leader_group` holds the first rank of every replica, rank 0 among them.
+    Experts are whole on a rank and spread over the `expert_size` ranks of `expert_group`, neighbours in
+    `place_in_stage`.
+
+    `tensor_group` and `expert_group` carry model tensors (NCCL on CUDA). `world_group`, `replica_group` and
+    `leader_group` carry host objects over gloo; `leader_group` holds the first rank of every replica, rank 0
+    among them.
     """
 
     rank: int
@@ -35,10 +39,13 @@ class Ranks:
     tensor_size: int
     pipeline_rank: int
     pipeline_size: int
+    expert_rank: int
+    expert_size: int
     replica: int
     num_replicas: int
     device: torch.device
     tensor_group: dist.ProcessGroup
+    expert_group: dist.ProcessGroup
     world_group: dist.ProcessGroup
     replica_group: dist.ProcessGroup
     leader_group: dist.ProcessGroup | None
@@ -50,6 +57,11 @@ class Ranks:
     @property
     def is_last_stage(self) -> bool:
         return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def place_in_stage(self) -> int:
+        """This rank's number among the tensor x data-parallel ranks of its pipeline stage."""
+        return self.replica * self.tensor_size + self.tensor_rank
 
     @property
     def is_leader(self) -> bool:
@@ -96,6 +108,7 @@ def initialize(parallel: ParallelConfig) -> Ranks:
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
     )
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -135,10 +148,13 @@ def _ranks(parallel_state: Any, rank: int, world_size: int, device: torch.device
         tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_size=parallel_state.get_expert_model_parallel_world_size(),
         replica=replica,
         num_replicas=len(replicas),
         device=device,
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        expert_group=parallel_state.get_expert_model_parallel_group(),
         world_group=_gloo_group(list(range(world_size))),
         replica_group=replica_groups[replica],
         leader_group=leader_group if rank in leaders else None,

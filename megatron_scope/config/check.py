@@ -38,8 +38,6 @@ def _is_set(value: Any) -> bool:
 
 # Delete an entry when its feature is built and tested.
 _UNBUILT = (
-    _Unbuilt("student.megatron", _is_set, "student.hf"),
-    _Unbuilt("teacher.megatron", _is_set, "teacher.hf"),
     _Unbuilt("teacher.server", _is_set, "teacher.hf"),
     _Unbuilt("objective.divergence", lambda v: v != Divergence.SAMPLED, "sampled"),
     _Unbuilt("sync.transport", lambda v: v == Transport.BROADCAST, "disk"),
@@ -151,11 +149,6 @@ def _check_parallel(config: Config, world_size: int | None) -> None:
             f"parallel.context is {parallel.context}: it needs Transformer Engine's attention, which is not "
             "supported yet; set parallel.context=1"
         )
-    if parallel.expert > 1:
-        raise ConfigError(
-            f"parallel.expert is {parallel.expert}: no mixture-of-experts family is supported yet; "
-            "set parallel.expert=1"
-        )
     _check_pipeline_layers("student", config.student, parallel.pipeline)
     _check_pipeline_layers("teacher", config.teacher, parallel.pipeline)
     ranks = parallel.tensor * parallel.pipeline
@@ -165,6 +158,13 @@ def _check_parallel(config: Config, world_size: int | None) -> None:
             f"there are {world_size} ranks: parallel.tensor={parallel.tensor} x "
             f"parallel.pipeline={parallel.pipeline} needs a multiple of {ranks}; start {above} ranks "
             "or change parallel.tensor and parallel.pipeline"
+        )
+    # Experts are whole on a rank and spread over all ranks of a pipeline stage.
+    if world_size is not None and (world_size // parallel.pipeline) % parallel.expert:
+        raise ConfigError(
+            f"parallel.expert is {parallel.expert}: it must divide the "
+            f"{world_size // parallel.pipeline} ranks of a pipeline stage ({world_size} / "
+            f"parallel.pipeline={parallel.pipeline}); use a smaller one or start more ranks"
         )
 
 
@@ -214,16 +214,23 @@ def _check_optimizer(config: Config) -> None:
 
 def _check_train(config: Config) -> None:
     _needed(config, "run.output_dir", "the run needs a folder; set run.output_dir=runs/NAME")
-    _needed(config, "student.hf", "there is nothing to train; set student.hf to a Hugging Face model folder")
+    if not config.student.megatron:
+        _needed(
+            config,
+            "student.hf",
+            "there is nothing to train; set student.hf to a Hugging Face model folder, or student.megatron "
+            "to a checkpoint",
+        )
     _check_objective(config)
     if not draws_responses(config):
         _needed(config, "data.train", "set data.train to a JSON-lines file of {prompt, response} rows")
         return
-    if needs_teacher(config):
+    if needs_teacher(config) and not config.teacher.megatron:
         _needed(
             config,
             "teacher.hf",
-            "the teacher scores incorrect responses; set teacher.hf to a Hugging Face model folder",
+            "the teacher scores incorrect responses; set teacher.hf to a Hugging Face model folder, or "
+            "teacher.megatron to a checkpoint",
         )
     _check_engine(config)
     if config.rollout.engine == Engine.REPLAY:
@@ -273,6 +280,11 @@ def _check_group(config: Config) -> None:
 
 
 def _check_evaluate(config: Config) -> None:
+    if config.student.megatron:
+        raise ConfigError(
+            f"student.megatron is {config.student.megatron}: an evaluation serves a Hugging Face folder; "
+            "write one with megatron-scope convert to-hf, and give it with --model or as student.hf"
+        )
     _needed(
         config, "student.hf", "there is nothing to evaluate; set student.hf to a Hugging Face model folder"
     )

@@ -80,6 +80,9 @@ class Transport(StrEnum):
     BROADCAST = "broadcast"
 
 
+COMPANIONS = "hf"  # the folder in a Megatron checkpoint with the Hugging Face config and tokenizer
+
+
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     output_dir: str | None = None  # required by `train`
@@ -91,8 +94,14 @@ class RunConfig:
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     hf: str | None = None  # Hugging Face folder: config.json, safetensors, tokenizer
+    # torch_dist checkpoint to read the weights from; `hf` beside it gives config and tokenizer only
     megatron: str | None = None
     pipeline_layers: tuple[int, ...] | None = None  # layers of each pipeline stage; null spreads them evenly
+
+    @property
+    def companions(self) -> str:
+        """The folder with the model's config.json and tokenizer."""
+        return str(self.hf) if self.hf is not None else f"{self.megatron}/{COMPANIONS}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from megatron_scope.convert.families import family_of
 from megatron_scope.convert.families.base import Family
+from megatron_scope.convert.mapping import Entry, model_entries
 from megatron_scope.convert.shape import ModelShape
 from megatron_scope.errors import DataError
 
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+TIED_COPY = "lm_head.weight"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -36,7 +42,7 @@ class HfFolder:
     """Reads a folder's shape at once and its tensors on demand."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = self.companions = Path(path).expanduser()
         config_path = self.path / "config.json"
         self.config = read_json(config_path)
         self.family: Family = family_of(self.config, str(config_path))
@@ -56,6 +62,12 @@ class HfFolder:
             index = read_json(self.path / INDEX)
             if not isinstance(index.get("weight_map"), dict):
                 raise DataError(f"{self.path / INDEX} has no weight_map; copy the file again")
+            for name, file in index["weight_map"].items():
+                if not isinstance(file, str):
+                    raise DataError(
+                        f"{self.path / INDEX} says that {name} is in {file}; expected a file name: copy the "
+                        "file again"
+                    )
             return index["weight_map"]
         if not (self.path / SINGLE).exists():
             raise DataError(
@@ -86,6 +98,63 @@ class HfFolder:
                 f"{self.path / self.file_of[name]} has no tensor {name}, which {INDEX} promises; "
                 "copy both again"
             ) from None
+
+    def shard(self, entry: Entry, rank: int, size: int) -> Tensor:
+        """A rank's part of a parameter, reading only its rows (or columns)."""
+        return entry.layout.shard([self.slice(name) for name in entry.hf], self.shape, rank, size)
+
+    def check(self) -> None:
+        """DataError when a tensor is missing, unknown, listed wrongly or of a size or dtype that config.json
+        or this package does not know; opens every file.
+        """
+        self._check_names()
+        self._check_files()
+
+    def _check_names(self) -> None:
+        entries = model_entries(self.family, self.shape, self.shape.vocab_rows)
+        expected = {name for entry in entries for name in entry.hf}
+        found = set(self.file_of)
+        listed = f" (by {INDEX})" if (self.path / INDEX).exists() else ""
+        for missing in sorted(expected - found)[:1]:
+            raise DataError(
+                f"{self.path}{listed} has no tensor {missing}, which {self.family.architecture} needs"
+            )
+        for unknown in sorted(found - expected - self._redundant(found))[:1]:
+            raise DataError(
+                f"{self.path}{listed} holds {unknown}, which {self.family.architecture} does not have"
+            )
+
+    def _check_files(self) -> None:
+        listed: dict[str, set[str]] = {}
+        for name, file in self.file_of.items():
+            listed.setdefault(file, set()).add(name)
+        for file, names in listed.items():
+            for name in sorted(set(self._open(file).keys()) - names)[:1]:
+                raise DataError(
+                    f"{self.path / file} holds {name}, which {INDEX} does not list; copy both again"
+                )
+        for entry in model_entries(self.family, self.shape, self.shape.vocab_rows):
+            for name, size in zip(entry.hf, entry.hf_sizes, strict=True):
+                source = self.slice(name)
+                if tuple(source.get_shape()) != size:
+                    raise DataError(
+                        f"{self.path / self.file_of[name]}: {name} has size {tuple(source.get_shape())}, but "
+                        f"config.json means {size}; config.json and the weights disagree"
+                    )
+                if source.get_dtype() not in DTYPES:
+                    raise DataError(
+                        f"{self.path / self.file_of[name]}: {name} is {source.get_dtype()}; supported: "
+                        f"{', '.join(DTYPES)}"
+                    )
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored dtype of a tensor."""
+        return DTYPES[self.slice(name).get_dtype()]
+
+    def _redundant(self, names: Iterable[str]) -> set[str]:
+        """Tensors that some exports write though the model has them otherwise."""
+        found = {name for name in names if name.endswith("rotary_emb.inv_freq")}
+        return found | {TIED_COPY} if self.shape.tied_embeddings else found
 
     def close(self) -> None:
         """Forgets the open files."""

@@ -1,89 +1,42 @@
-"""Writing Hugging Face folders: shards of bounded size, an index, and everything that is not a weight carried
+"""What makes a Hugging Face folder of weight files: the index, and everything that is not a weight carried
 along.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor
-
+from megatron_scope.convert.files import copy_companions, sync_to_disk, write_json
 from megatron_scope.convert.hf_folder import INDEX, SINGLE
+from megatron_scope.convert.safetensors_writer import TensorPlan
 
-MAX_SHARD_BYTES = 2_000_000_000
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
+MAX_SHARD_BYTES = 5_000_000_000
 
 
-class ShardWriter:
-    """Collects one process's tensors and writes them as safetensors files of at most `max_bytes` (one tensor
-    at least).
+def shard_names(count: int) -> list[str]:
+    """The names of a folder's weight files, as transformers writes them."""
+    if count == 1:
+        return [SINGLE]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def finish_folder(folder: Path, like: Path, files: Mapping[str, Sequence[TensorPlan]]) -> None:
+    """Adds to weight files the index, config.json with the weights' dtype, and the tokenizer and other files
+    of `like`. A single file gets the name that it is looked for by.
     """
-
-    def __init__(self, folder: Path, prefix: str, max_bytes: int = MAX_SHARD_BYTES) -> None:
-        self.folder = folder
-        self.prefix = prefix
-        self.max_bytes = max_bytes
-        self.file_of: dict[str, str] = {}
-        self.total_bytes = 0
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._count = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Takes a contiguous CPU tensor that the caller will not change."""
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.max_bytes:
-            self._flush()
-        self._pending[name] = tensor
-        self._pending_bytes += size
-
-    def close(self) -> None:
-        """Writes what is left."""
-        if self._pending:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._count += 1
-        file = f"{self.prefix}-{self._count:05d}.safetensors"
-        save_file(self._pending, self.folder / file, metadata={"format": "pt"})
-        sync_to_disk(self.folder / file)
-        self.file_of.update(dict.fromkeys(self._pending, file))
-        self.total_bytes += self._pending_bytes
-        self._pending, self._pending_bytes = {}, 0
-
-
-def finish_folder(folder: Path, like: Path, dtype: str, file_of: dict[str, str], total_bytes: int) -> None:
-    """Adds the index, config.json with the tensors' dtype, and the tokenizer and other files of `like`."""
-    if len(set(file_of.values())) == 1:
-        (folder / next(iter(file_of.values()))).rename(folder / SINGLE)
+    if len(files) == 1:
+        (folder / next(iter(files))).rename(folder / SINGLE)
     else:
+        total_bytes = sum(plan.num_bytes for plans in files.values() for plan in plans)
+        file_of = {plan.name: file for file, plans in files.items() for plan in plans}
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(file_of.items()))}
-        _write_json(folder / INDEX, index)
-    for source in sorted(like.iterdir()):
-        is_weight = source.suffix in _WEIGHT_SUFFIXES or source.name.endswith(".index.json")
-        if source.is_file() and not is_weight and source.name != "config.json":
-            shutil.copyfile(source, folder / source.name)
-            sync_to_disk(folder / source.name)
-    config = json.loads((like / "config.json").read_text(encoding="utf-8"))
+        write_json(folder / INDEX, index)
+    copy_companions(like, folder)
+    dtype = str(next(iter(files.values()))[0].dtype).removeprefix("torch.")
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
     # Both names of the key: transformers before 5, and servers built on it, read the older one.
-    _write_json(folder / "config.json", {**config, "dtype": dtype, "torch_dtype": dtype})
+    write_json(path, {**config, "dtype": dtype, "torch_dtype": dtype})
     sync_to_disk(folder)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    sync_to_disk(path)
-
-
-def sync_to_disk(path: Path) -> None:
-    """Flushes a file or folder, so that a rename after it never shows a half-written one."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

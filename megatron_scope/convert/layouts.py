@@ -2,7 +2,8 @@
 
 Each layout is one class with both directions: `shard` cuts a rank's part out of the Hugging Face tensors,
 reading only the rows it needs; `join` puts the parts of all ranks back together. `sources` are objects that
-slice like tensors (a safetensors slice or a tensor).
+slice like tensors (a safetensors slice or a tensor). What `shard` gives at size 1 is the *whole* parameter,
+as a Megatron checkpoint stores it; `regions` says where in it a rank's part lies.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from torch import Tensor
 from megatron_scope.convert.shape import ModelShape
 from megatron_scope.errors import DataError
 
+Size = tuple[int, ...]
+Region = tuple[slice, ...]
+
 
 class Layout(Protocol):
     split_dim: int | None  # the dimension that tensor parallelism cuts; None for a replicated parameter
@@ -23,6 +27,16 @@ class Layout(Protocol):
     def shard(self, sources: Sequence[Any], shape: ModelShape, rank: int, size: int) -> Tensor: ...
 
     def join(self, parts: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]: ...
+
+    def regions(self, whole: Size, rank: int, size: int) -> tuple[Region, ...]:
+        """Where a rank's part, cut along dimension 0 into equal pieces if there are several, lies in the
+        whole.
+        """
+        ...
+
+    def most_parts(self, whole: Size, shape: ModelShape) -> int:
+        """A number of row parts that `shard` can make, of which every divisor will do too."""
+        ...
 
 
 def _part(length: int, rank: int, size: int) -> slice:
@@ -41,6 +55,12 @@ class Replicated:
     def join(self, parts: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]:
         return (parts[0],)
 
+    def regions(self, whole: Size, rank: int, size: int) -> tuple[Region, ...]:
+        return (tuple(slice(0, length) for length in whole),)
+
+    def most_parts(self, whole: Size, shape: ModelShape) -> int:
+        return 1
+
 
 class Columns:
     """A matrix [out, in] split over its input (row-parallel linear layers)."""
@@ -54,6 +74,12 @@ class Columns:
     def join(self, parts: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]:
         return (torch.cat(list(parts), dim=1),)
 
+    def regions(self, whole: Size, rank: int, size: int) -> tuple[Region, ...]:
+        return ((slice(0, whole[0]), _part(whole[1], rank, size)),)
+
+    def most_parts(self, whole: Size, shape: ModelShape) -> int:
+        return 1  # columns of rows that lie apart: no part can be read in one go
+
 
 class GateUp:
     """Gate and up projections, one above the other on every rank: [2 * ffn / size, hidden]."""
@@ -61,12 +87,20 @@ class GateUp:
     split_dim: int | None = 0
 
     def shard(self, sources: Sequence[Any], shape: ModelShape, rank: int, size: int) -> Tensor:
-        rows = _part(shape.ffn_hidden_size, rank, size)
-        return torch.cat([source[rows] for source in sources])
+        return torch.cat([source[_part(_length(source, 0), rank, size)] for source in sources])
 
     def join(self, parts: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]:
         halves = [part.chunk(2) for part in parts]
         return tuple(torch.cat([half[i] for half in halves]) for i in range(2))
+
+    def regions(self, whole: Size, rank: int, size: int) -> tuple[Region, ...]:
+        half = whole[0] // 2
+        rows = _part(half, rank, size)
+        rest = [slice(0, length) for length in whole[1:]]
+        return (rows, *rest), (slice(half + rows.start, half + rows.stop), *rest)
+
+    def most_parts(self, whole: Size, shape: ModelShape) -> int:
+        return whole[0] // 2
 
 
 class QKV:
@@ -91,9 +125,16 @@ class QKV:
     def join(self, parts: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]:
         whole = torch.cat(list(parts))
         heads = shape.num_attention_heads // shape.num_query_groups
-        grouped = whole.reshape(shape.num_query_groups, -1, *whole.shape[1:])
+        rows = (heads + 2) * shape.head_dim  # of one group
+        grouped = whole.reshape(-1, rows, *whole.shape[1:])
         pieces = grouped.split([heads * shape.head_dim, shape.head_dim, shape.head_dim], dim=1)
         return tuple(piece.reshape(-1, *whole.shape[1:]) for piece in pieces)
+
+    def regions(self, whole: Size, rank: int, size: int) -> tuple[Region, ...]:
+        return (_rows(whole, rank, size),)
+
+    def most_parts(self, whole: Size, shape: ModelShape) -> int:
+        return shape.num_query_groups
 
 
 class Vocabulary:
@@ -120,6 +161,16 @@ class Vocabulary:
 
     def join(self, parts: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]:
         return (torch.cat(list(parts))[: shape.vocab_rows],)
+
+    def regions(self, whole: Size, rank: int, size: int) -> tuple[Region, ...]:
+        return (_rows(whole, rank, size),)
+
+    def most_parts(self, whole: Size, shape: ModelShape) -> int:
+        return whole[0]
+
+
+def _rows(whole: Size, rank: int, size: int) -> Region:
+    return (_part(whole[0], rank, size), *(slice(0, length) for length in whole[1:]))
 
 
 def _length(source: Any, dim: int) -> int:

@@ -23,6 +23,16 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mixture:
+    """The routed experts that stand in for every layer's MLP."""
+
+    num_experts: int
+    experts_per_token: int
+    ffn_hidden_size: int  # of one expert
+    normalize_weights: bool  # the chosen experts' weights sum to one
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelShape:
     """The sizes and switches that build a model; `vocab_rows` is the embedding table's length without
     padding.
@@ -42,6 +52,23 @@ class ModelShape:
     tied_embeddings: bool
     qkv_bias: bool
     qk_norm: bool  # an RMS norm of each query and key head over head_dim, before the rotation
+    sliding_window: int | None = None  # tokens that a token sees, itself among them; None sees all before it
+    mixture: Mixture | None = None  # None: one dense MLP a layer
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Lengths by the names that the families' rules use."""
+        lengths = {
+            "hidden": self.hidden_size,
+            "ffn": self.ffn_hidden_size,
+            "query": self.num_attention_heads * self.head_dim,
+            "key": self.num_query_groups * self.head_dim,
+            "head": self.head_dim,
+            "vocab": self.vocab_rows,
+        }
+        if self.mixture is not None:
+            lengths |= {"experts": self.mixture.num_experts, "expert_ffn": self.mixture.ffn_hidden_size}
+        return lengths
 
     def inverse_frequencies(self) -> Tensor:
         """Rotary inverse frequencies, float32 [head_dim / 2]; rounded as transformers and SGLang round
@@ -76,25 +103,53 @@ def spread_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
     return tuple(base + (stage in larger) for stage in range(num_stages))
 
 
-def check_layout(shape: ModelShape, tensor: int, stage_sizes: tuple[int, ...], name: str) -> None:
-    """ConfigError when `tensor` does not divide the model's heads, groups and MLP or the stages do not add
-    up.
+def check_layout(
+    shape: ModelShape, tensor: int, stage_sizes: tuple[int, ...], name: str, expert: int = 1
+) -> None:
+    """ConfigError when `tensor` does not divide the model's heads, groups and MLP, `expert` its experts, or
+    the stages do not add up.
     """
-    for label, count in (
-        ("attention heads", shape.num_attention_heads),
-        ("query groups", shape.num_query_groups),
-        ("MLP rows", shape.ffn_hidden_size),
-    ):
+    split = {"attention heads": shape.num_attention_heads, "query groups": shape.num_query_groups}
+    if shape.mixture is None:  # experts are whole on a rank
+        split["MLP rows"] = shape.ffn_hidden_size
+    for label, count in split.items():
         if count % tensor:
             raise ConfigError(
                 f"parallel.tensor is {tensor} but {name} has {count} {label}, which {tensor} does not "
                 "divide; "
                 "use a smaller parallel.tensor"
             )
+    if expert > 1 and shape.mixture is None:
+        raise ConfigError(
+            f"parallel.expert is {expert} but {name} is a dense model, without experts; set parallel.expert=1"
+        )
+    if shape.mixture is not None and shape.mixture.num_experts % expert:
+        raise ConfigError(
+            f"parallel.expert is {expert} but {name} has {shape.mixture.num_experts} experts, which {expert} "
+            "does not divide; use a smaller parallel.expert"
+        )
     if sum(stage_sizes) != shape.num_layers or min(stage_sizes) < 0:
         raise ConfigError(
             f"pipeline_layers is {list(stage_sizes)}, {sum(stage_sizes)} layers; {name} has "
             f"{shape.num_layers}"
+        )
+
+
+def check_trainable(
+    shape: ModelShape, tensor: int, sequence: bool, stage_sizes: tuple[int, ...], name: str
+) -> None:
+    """ConfigError for a layout at which Megatron runs a model's experts but does not train them."""
+    if shape.mixture is None:
+        return
+    if tensor > 1 and not sequence:
+        raise ConfigError(
+            f"parallel.tensor is {tensor} without parallel.sequence, but {name} has experts, which train "
+            "with sequence parallelism only; set parallel.sequence=true"
+        )
+    if min(stage_sizes) == 0:
+        raise ConfigError(
+            f"pipeline_layers is {list(stage_sizes)}, but {name} has experts, whose optimizer cannot be "
+            "saved from a stage without them; give every stage a layer"
         )
 
 

@@ -71,11 +71,6 @@ def pack(responses: Sequence[Response], micro_batch_tokens: int, multiple_of: in
     return [_micro_batch(members, multiple_of) for members in bins]
 
 
-def empty_micro_batch(multiple_of: int = 1) -> MicroBatch:
-    """A micro-batch without responses, so that all replicas can run the same number."""
-    return _micro_batch([], multiple_of)
-
-
 def _longest_first(lengths: np.ndarray) -> list[int]:
     return sorted(range(len(lengths)), key=lambda index: (-int(lengths[index]), index))
 
@@ -83,7 +78,7 @@ def _longest_first(lengths: np.ndarray) -> list[int]:
 def _micro_batch(responses: Sequence[Response], multiple_of: int) -> MicroBatch:
     lengths = [r.num_input_tokens for r in responses]
     used = sum(lengths)
-    padding = -used % multiple_of if used else multiple_of
+    padding = -used % multiple_of
     if padding:
         lengths.append(padding)
     starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -93,18 +88,17 @@ def _micro_batch(responses: Sequence[Response], multiple_of: int) -> MicroBatch:
         start + len(r.prompt_ids) - 1 + np.arange(len(r.output_ids))
         for start, r in zip(starts, responses, strict=False)
     ]
-    none = np.zeros(0, dtype=np.int64)
     return MicroBatch(
         tokens=np.concatenate([*inputs, np.zeros(padding, dtype=np.int64)]),
         positions=np.concatenate([np.arange(length) for length in lengths]),
         cu_seqlens=starts.astype(np.int32),
-        rows=np.concatenate([none, *rows]),
-        targets=np.concatenate([none, *(r.output_ids for r in responses)]),
+        rows=np.concatenate(rows),
+        targets=np.concatenate([r.output_ids for r in responses]),
         response=np.repeat([r.index for r in responses], [len(r.output_ids) for r in responses]).astype(
             np.int64
         ),
-        stop=np.concatenate([none, *(_is_stop(r) for r in responses)]).astype(bool),
-        engine_logprobs=np.concatenate([none, *(r.engine_logprobs for r in responses)]).astype(np.float32),
+        stop=np.concatenate([_is_stop(r) for r in responses]),
+        engine_logprobs=np.concatenate([r.engine_logprobs for r in responses]).astype(np.float32),
     )
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_scope.config import parse_config
-from megatron_scope.config.schema import ParallelConfig
+from megatron_scope.config.schema import ParallelConfig, Precision
 
 
 @contextlib.contextmanager
@@ -59,6 +59,84 @@ def token_logprobs(settings: dict[str, Any]) -> dict[str, dict[int, np.ndarray]]
             for name, stage in models.items()
         }
         return scores if ranks.speaks_for_scores else {name: {} for name in models}
+
+
+def checkpoint_logits(megatron: str, parallel: dict[str, int], tokens: np.ndarray, out: str) -> None:
+    """`convert logits` at a layout."""
+    from megatron_scope.backend.logits import write_logits
+    from megatron_scope.convert.megatron_folder import MegatronFolder
+
+    with layout(ParallelConfig(**parallel)) as ranks:
+        write_logits(MegatronFolder(megatron), ranks, tokens, Path(out))
+
+
+def load_with_megatron(hf: str, megatron: str, parallel: dict[str, Any]) -> list[str]:
+    """The parameters of this rank in which a checkpoint that Megatron itself loads, into a wiped model,
+    differs from its Hugging Face folder.
+    """
+    from megatron.core import dist_checkpointing
+
+    from megatron_scope.backend.model import build
+    from megatron_scope.config.schema import TrainConfig
+    from megatron_scope.convert.hf_folder import HfFolder
+    from megatron_scope.convert.shape import padded_vocab_size
+
+    with layout(ParallelConfig(**parallel)) as ranks:
+        source = HfFolder(hf)
+        stage = build(
+            source,
+            ranks,
+            TrainConfig(precision=Precision.FLOAT32),
+            padded_vocab=padded_vocab_size(source.shape.vocab_rows, ranks.tensor_size),
+            vocab_size=source.shape.vocab_rows,
+            sequence_parallel=False,
+            pipeline_layers=None,
+            trainable=False,
+        )
+        expected = {name: value.clone() for name, value in stage.module.named_parameters()}
+        for value in stage.module.parameters():
+            value.fill_(float("nan"))
+        stage.module.load_state_dict(
+            dist_checkpointing.load(stage.module.sharded_state_dict(), megatron)  # pyright: ignore
+        )
+        found = dict(stage.module.named_parameters())
+        return [name for name, value in expected.items() if not torch.equal(found[name], value)]
+
+
+def differences_from_mbridge(hf: str) -> tuple[int, list[str]]:
+    """How many parameters mbridge maps, and which of them it fills from other tensors or with other
+    numbers.
+    """
+    from mbridge.core.bridge import _MODEL_REGISTRY  # pyright: ignore[reportMissingImports]
+    from transformers import AutoConfig
+
+    from megatron_scope.convert.hf_folder import HfFolder
+    from megatron_scope.convert.mapping import model_entries
+
+    source = HfFolder(hf)
+    config = AutoConfig.from_pretrained(hf)
+    # Its mapping alone: its constructor wants Transformer Engine.
+    bridge: Any = object.__new__(_MODEL_REGISTRY[config.model_type])
+    bridge.hf_config, bridge.dtype, bridge.make_vocab_size_divisible_by = config, None, None
+    entries = model_entries(source.family, source.shape, source.shape.vocab_rows)
+    differing = []
+    for entry in entries:
+        name = _name_in_mbridge(entry, source.shape.mixture is not None)
+        theirs = bridge._weight_to_mcore_format(name, [source.slice(tensor)[:] for tensor in entry.hf])
+        same_names = tuple(bridge._weight_name_mapping_mcore_to_hf(name)) == entry.hf
+        if not same_names or not torch.equal(theirs, source.shard(entry, 0, 1)):
+            differing.append(name)
+    return len(entries), differing
+
+
+def _name_in_mbridge(entry: Any, has_experts: bool) -> str:
+    """Transformer Engine's name of a parameter: norms within dense linear layers, experts grouped."""
+    if not entry.place:
+        return entry.key
+    key = entry.key.replace("decoder.layers.", f"decoder.layers.{entry.place[0]}.")
+    if has_experts:
+        key = key.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+    return key if entry.expert is None else f"{key.replace('experts.experts', 'experts')}{entry.expert}"
 
 
 def vocab_parallel_stats(

@@ -11,11 +11,17 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 CHARACTERS = "0123456789=+$ abcdefghijklmnopqrstuvwxyz"
@@ -108,6 +114,89 @@ def save_llama(folder: Path, *, seed: int = 0, rows: int = VOCAB_SIZE, **sizes: 
         }
     )
     return _save(LlamaForCausalLM, config, folder, seed)
+
+
+def save_mistral(folder: Path, *, seed: int = 0, rows: int = VOCAB_SIZE, **sizes: Any) -> Path:
+    """A Mistral whose tokens see five, head_dim unlike hidden / heads, untied output table."""
+    config = MistralConfig(
+        **{
+            "vocab_size": rows,
+            "hidden_size": 22,
+            "intermediate_size": 38,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 10,
+            "sliding_window": 5,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": False,
+            "eos_token_id": CHARACTERS.index(END),
+            **sizes,
+        }
+    )
+    return _save(MistralForCausalLM, config, folder, seed)
+
+
+def save_qwen3_moe(folder: Path, *, seed: int = 0, rows: int = VOCAB_SIZE, **sizes: Any) -> Path:
+    """A Qwen3-MoE of six experts, two of them for each token with weights as the router gives them, head_dim
+    unlike hidden / heads, untied output table.
+    """
+    config = Qwen3MoeConfig(
+        **{
+            "vocab_size": rows,
+            "hidden_size": 22,
+            "intermediate_size": 38,
+            "moe_intermediate_size": 13,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": False,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 10,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": False,
+            "eos_token_id": CHARACTERS.index(END),
+            **sizes,
+        }
+    )
+    return _save(Qwen3MoeForCausalLM, config, folder, seed)
+
+
+def save_mixtral(folder: Path, *, seed: int = 0, rows: int = VOCAB_SIZE, **sizes: Any) -> Path:
+    """A Mixtral of four experts, two of them for each token, head_dim unlike hidden / heads, untied output
+    table.
+    """
+    config = MixtralConfig(
+        **{
+            "vocab_size": rows,
+            "hidden_size": 24,
+            "intermediate_size": 19,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 10,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": False,
+            "eos_token_id": CHARACTERS.index(END),
+            **sizes,
+        }
+    )
+    return _save(MixtralForCausalLM, config, folder, seed)
+
+
+def as_written(model: Any, tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
+    """Tensors by the names of the parameters that they belong to, by those of a model folder: transformers
+    holds all experts of a layer in one parameter and writes each on its own.
+
+    The model's own parameters are lost.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.data = tensors[name]
+    model.save_pretrained(folder)
+    return read_weights(folder)
 
 
 def _save(kind: Any, config: Any, folder: Path, seed: int) -> Path:

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_scope.convert.families import llama, qwen2, qwen3
+from megatron_scope.convert.families import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from megatron_scope.convert.families.base import Family
 from megatron_scope.errors import DataError
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+FAMILIES: tuple[Family, ...] = tuple(
+    module.FAMILY for module in (llama, mistral, mixtral, qwen2, qwen3, qwen3_moe)
+)
 
 
 def family_of(config: dict[str, Any], source: str) -> Family:

@@ -1,9 +1,9 @@
-"""What a family file declares, and the rules that dense decoders share."""
+"""What a family file declares, and the rules that decoders share."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from megatron_scope.convert.layouts import QKV, Columns, GateUp, Layout, Replicated
@@ -15,20 +15,26 @@ Table = Literal["embedding", "output"]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One Megatron parameter and the Hugging Face tensors that hold its numbers; `{layer}` is the layer's
-    global number.
+    """One Megatron parameter and the Hugging Face tensors that hold its numbers, each with the names of its
+    dimensions (ModelShape.dims).
 
-    A `table` rule is for the vocabulary tables, whose padded size depends on the run.
+    `{layer}` is the layer's number and `{expert}` an expert's: global in Hugging Face names, counted from the
+    first that a rank holds in Megatron's. A `table` rule is for the vocabulary tables, whose padded size
+    depends on the run.
     """
 
     megatron: str
-    hf: tuple[str, ...]
+    hf: Mapping[str, str]
     layout: Layout | None = None
     table: Table | None = None
 
     @property
     def per_layer(self) -> bool:
         return "{layer}" in self.megatron
+
+    @property
+    def per_expert(self) -> bool:
+        return "{expert}" in self.megatron
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,52 +51,83 @@ _LAYER = "decoder.layers.{layer}."
 _HF_LAYER = "model.layers.{layer}."
 
 
-def dense_decoder_rules(shape: ModelShape) -> tuple[Rule, ...]:
-    """Embedding, pre-norm attention with grouped queries, gated MLP, final norm, output table."""
-    projections = tuple(f"{_HF_LAYER}self_attn.{name}_proj" for name in "qkv")
+def attention_rules(shape: ModelShape) -> tuple[Rule, ...]:
+    """Embedding, both norms of a layer, attention with grouped queries, final norm, output table."""
+    attention, hf_attention = f"{_LAYER}self_attention", f"{_HF_LAYER}self_attn"
+    lengths = {"q": "query", "k": "key", "v": "key"}
     rules = [
-        Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), table="embedding"),
-        Rule(f"{_LAYER}input_layernorm.weight", (f"{_HF_LAYER}input_layernorm.weight",), Replicated()),
         Rule(
-            f"{_LAYER}self_attention.linear_qkv.weight",
-            tuple(f"{name}.weight" for name in projections),
+            "embedding.word_embeddings.weight",
+            {"model.embed_tokens.weight": "vocab hidden"},
+            table="embedding",
+        ),
+        Rule(
+            f"{_LAYER}input_layernorm.weight", {f"{_HF_LAYER}input_layernorm.weight": "hidden"}, Replicated()
+        ),
+        Rule(
+            f"{attention}.linear_qkv.weight",
+            {f"{hf_attention}.{name}_proj.weight": f"{length} hidden" for name, length in lengths.items()},
             QKV(),
         ),
-        Rule(
-            f"{_LAYER}self_attention.linear_proj.weight", (f"{_HF_LAYER}self_attn.o_proj.weight",), Columns()
-        ),
+        Rule(f"{attention}.linear_proj.weight", {f"{hf_attention}.o_proj.weight": "hidden query"}, Columns()),
         Rule(
             f"{_LAYER}pre_mlp_layernorm.weight",
-            (f"{_HF_LAYER}post_attention_layernorm.weight",),
+            {f"{_HF_LAYER}post_attention_layernorm.weight": "hidden"},
             Replicated(),
         ),
-        Rule(
-            f"{_LAYER}mlp.linear_fc1.weight",
-            (f"{_HF_LAYER}mlp.gate_proj.weight", f"{_HF_LAYER}mlp.up_proj.weight"),
-            GateUp(),
-        ),
-        Rule(f"{_LAYER}mlp.linear_fc2.weight", (f"{_HF_LAYER}mlp.down_proj.weight",), Columns()),
-        Rule("decoder.final_layernorm.weight", ("model.norm.weight",), Replicated()),
-        Rule("output_layer.weight", ("lm_head.weight",), table="output"),
+        Rule("decoder.final_layernorm.weight", {"model.norm.weight": "hidden"}, Replicated()),
+        Rule("output_layer.weight", {"lm_head.weight": "vocab hidden"}, table="output"),
     ]
     if shape.qkv_bias:
-        rules.append(
-            Rule(
-                f"{_LAYER}self_attention.linear_qkv.bias",
-                tuple(f"{name}.bias" for name in projections),
-                QKV(),
-            )
-        )
+        biases = {f"{hf_attention}.{name}_proj.bias": length for name, length in lengths.items()}
+        rules.append(Rule(f"{attention}.linear_qkv.bias", biases, QKV()))
     if shape.qk_norm:
         rules += [
             Rule(
-                f"{_LAYER}self_attention.{name}_layernorm.weight",
-                (f"{_HF_LAYER}self_attn.{name}_norm.weight",),
+                f"{attention}.{name}_layernorm.weight",
+                {f"{hf_attention}.{name}_norm.weight": "head"},
                 Replicated(),
             )
             for name in "qk"
         ]
     return tuple(rules)
+
+
+def dense_decoder_rules(shape: ModelShape) -> tuple[Rule, ...]:
+    """Pre-norm attention and one gated MLP a layer."""
+    mlp = gated_mlp_rules(f"{_LAYER}mlp", f"{_HF_LAYER}mlp", "ffn", ("gate_proj", "up_proj", "down_proj"))
+    return attention_rules(shape) + mlp
+
+
+def mixture_decoder_rules(
+    shape: ModelShape, *, block: str, projections: tuple[str, str, str]
+) -> tuple[Rule, ...]:
+    """Pre-norm attention and routed experts in every layer.
+
+    `block` is the Hugging Face name of what stands in the MLP's place, with `gate` as its router;
+    `projections` are an expert's gate, up and down projections.
+    """
+    router = Rule(
+        f"{_LAYER}mlp.router.weight", {f"{_HF_LAYER}{block}.gate.weight": "experts hidden"}, Replicated()
+    )
+    experts = gated_mlp_rules(
+        f"{_LAYER}mlp.experts.local_experts.{{expert}}",
+        f"{_HF_LAYER}{block}.experts.{{expert}}",
+        "expert_ffn",
+        projections,
+    )
+    return (*attention_rules(shape), router, *experts)
+
+
+def gated_mlp_rules(
+    megatron: str, hf: str, length: str, projections: tuple[str, str, str]
+) -> tuple[Rule, ...]:
+    """An MLP of hidden size `length` (a name of ModelShape.dims) and its gate, up and down projections."""
+    gate, up, down = (f"{hf}.{name}.weight" for name in projections)
+    return (
+        Rule(f"{megatron}.linear_fc1.weight", {gate: f"{length} hidden", up: f"{length} hidden"}, GateUp()),
+        Rule(f"{megatron}.linear_fc2.weight", {down: f"hidden {length}"}, Columns()),
+    )
 
 
 def read_dense_shape(
@@ -137,7 +174,7 @@ def read_dense_shape(
 def _refuse_unsupported(config: dict[str, Any], source: str) -> None:
     if config.get("use_sliding_window"):
         raise DataError(
-            f"{source}: use_sliding_window is true; sliding-window attention is not supported yet"
+            f"{source}: use_sliding_window is true; a window in some layers only is not supported"
         )
     for kind in config.get("layer_types") or ():
         if kind != "full_attention":

@@ -21,7 +21,7 @@ from megatron_scope.errors import DataError
 from megatron_scope.rollout.embedded.options import DTypeName, require_model_folder
 
 # Decoder-only families that cache plain keys and values per position.
-SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+SUPPORTED_FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 # What a checkpoint's config.json must share with the served model's: a difference here changes the function.
 FUNCTION_FIELDS = (
@@ -40,6 +40,7 @@ FUNCTION_FIELDS = (
     "layer_types",
     "tie_word_embeddings",
     "num_experts",
+    "num_local_experts",
     "num_experts_per_tok",
     "norm_topk_prob",
     "moe_intermediate_size",
@@ -127,6 +128,8 @@ class ServedModel:
         self.max_positions: int = self.config.max_position_embeddings
         self.eos_ids = _ids(self.config.eos_token_id) | _ids(self._model.generation_config.eos_token_id)
         self.is_mixture = getattr(self.config, "num_experts", None) is not None
+        if self.is_mixture:  # the default, grouped_mm, takes only rows of a multiple of 16 bytes
+            self._model.set_experts_implementation("eager")
         self._layer_types = set(getattr(self.config, "layer_types", None) or ())
         with torch.inference_mode():
             probe = self.prefill((0,), None)

@@ -44,7 +44,10 @@ def test_a_complete_config_passes():
     ("overrides", "options"),
     [
         (["parallel.sequence=true"], {}),
+        (["student.megatron=m", "teacher.megatron=m"], {}),
+        (["student.hf=null", "student.megatron=m", "teacher.hf=null", "teacher.megatron=m"], {}),
         (["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"], {"world_size": 8}),
+        (["parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=4"], {"world_size": 8}),
         (["parallel.pipeline=2", "student.pipeline_layers=[0,3]", "teacher.pipeline_layers=[2,1]"], {}),
         (["rollout.engine=replay", "rollout.file=r.jsonl", "data.train=null", "rollout.servers=[]"], {}),
         (["rollout.engine=replay", "rollout.file=r.jsonl", "rollout.samples_per_prompt=1"], {}),
@@ -106,8 +109,6 @@ def test_values_out_of_range_are_refused(override, said):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("student.megatron=m", "student.megatron is m: not available in this version; use student.hf"),
-        ("teacher.megatron=m", "teacher.megatron is m: not available in this version; use teacher.hf"),
         (
             "teacher.server=http://t:1",
             "teacher.server is http://t:1: not available in this version; use teacher.hf",
@@ -131,7 +132,6 @@ def test_what_is_not_built_yet_is_refused(override, said):
             "parallel.context is 2: it needs Transformer Engine's attention, which is not supported yet; "
             "set parallel.context=1",
         ),
-        (["parallel.expert=2"], "no mixture-of-experts family is supported yet; set parallel.expert=1"),
         (
             ["parallel.pipeline=2", "student.pipeline_layers=[4]"],
             "student.pipeline_layers is [4]: it must have 2 entries, one for each pipeline stage",
@@ -233,6 +233,11 @@ def test_settings_that_contradict_each_other_are_refused(overrides, said):
     ("overrides", "said"),
     [
         (["student.hf=null"], "student.hf is not set: there is nothing to evaluate"),
+        (
+            ["student.megatron=m"],
+            "student.megatron is m: an evaluation serves a Hugging Face folder; write one with "
+            "megatron-scope convert to-hf, and give it with --model",
+        ),
         (["rollout.engine=replay"], "rollout.engine is replay: an evaluation draws new responses"),
         (["rollout.servers=[]"], "rollout.servers is empty"),
     ],
@@ -246,6 +251,14 @@ def test_a_world_size_that_the_layout_does_not_divide_is_refused(world_size, abo
     assert message("parallel.tensor=2", "parallel.pipeline=2", world_size=world_size) == (
         f"there are {world_size} ranks: parallel.tensor=2 x parallel.pipeline=2 needs a multiple of 4; "
         f"start {above} ranks or change parallel.tensor and parallel.pipeline"
+    )
+
+
+@pytest.mark.parametrize(("expert", "world_size", "ranks"), [(2, 2, 1), (3, 8, 4), (8, 8, 4)])
+def test_experts_are_spread_over_the_ranks_of_a_pipeline_stage(expert, world_size, ranks):
+    assert message("parallel.pipeline=2", f"parallel.expert={expert}", world_size=world_size) == (
+        f"parallel.expert is {expert}: it must divide the {ranks} ranks of a pipeline stage ({world_size} / "
+        "parallel.pipeline=2); use a smaller one or start more ranks"
     )
 
 

@@ -127,7 +127,7 @@ def test_another_rope_type_is_refused(kind, key):
     [
         (
             {"use_sliding_window": True},
-            "use_sliding_window is true; sliding-window attention is not supported yet",
+            "use_sliding_window is true; a window in some layers only is not supported",
         ),
         (
             {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
@@ -145,13 +145,13 @@ def test_a_model_that_computes_something_else_is_refused(changes, problem):
         assert str(raised.value) == f"m/config.json: {problem}"
 
 
-@pytest.mark.parametrize("names", [None, [], ["MixtralForCausalLM"], ["LlamaForSequenceClassification"]])
+@pytest.mark.parametrize("names", [None, [], ["GemmaForCausalLM"], ["LlamaForSequenceClassification"]])
 def test_another_architecture_is_refused_with_those_that_are_read(names):
     with pytest.raises(DataError) as raised:
         read({**CONFIG, "architectures": names})
     assert str(raised.value) == (
-        f"m/config.json: architectures is {names or []}; supported: LlamaForCausalLM, Qwen2ForCausalLM, "
-        "Qwen3ForCausalLM"
+        f"m/config.json: architectures is {names or []}; supported: LlamaForCausalLM, "
+        "MistralForCausalLM, MixtralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"
     )
 
 

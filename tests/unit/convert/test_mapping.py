@@ -6,9 +6,17 @@ from safetensors.torch import save_file
 
 from megatron_scope.convert.hf_folder import SINGLE, HfFolder
 from megatron_scope.convert.layouts import Vocabulary
-from megatron_scope.convert.mapping import check_names, export_stage, load_stage, stage_entries
+from megatron_scope.convert.mapping import (
+    Peers,
+    checkpoint_key,
+    export_stage,
+    load_stage,
+    model_entries,
+    reading_order,
+    stage_entries,
+)
 from megatron_scope.errors import DataError
-from tests.unit.convert.folders import CONFIG, QWEN, QWEN3, tensors, write_folder
+from tests.unit.convert.folders import CONFIG, MIXTRAL, QWEN, QWEN3, QWEN3_MOE, tensors, write_folder
 
 PADDED = 256
 
@@ -24,18 +32,45 @@ def stages_of(folder, *sizes, padded=PADDED):
     return entries
 
 
+def place(entry, rank, size):
+    """What a tensor rank holds of a parameter: experts are whole on each."""
+    return (rank, size) if entry.expert is None else (0, 1)
+
+
 def empty_parameters(folder, entries, rank=0, size=1):
     """Parameters of the right shapes, filled with NaN."""
     shapes = {
-        e.parameter: e.layout.shard([folder.slice(n) for n in e.hf], folder.shape, rank, size).shape
+        e.parameter: e.layout.shard(
+            [folder.slice(n) for n in e.hf], folder.shape, *place(e, rank, size)
+        ).shape
         for e in entries
     }
     return {name: torch.full(shape, float("nan")) for name, shape in shapes.items()}
 
 
-@pytest.fixture(params=["llama", "qwen", "qwen3", "tied", "qwen3-tied"])
+ALONE = Peers(None, 0, 1)
+
+
+def exported_by_one(entries, parameters, folder):
+    """What a rank that holds the whole stage exports."""
+    found = export_stage([entries], parameters.__getitem__, folder.shape, ALONE, ALONE)
+    return dict(found)
+
+
+CONFIGS = {
+    "llama": CONFIG,
+    "qwen": QWEN,
+    "qwen3": QWEN3,
+    "tied": QWEN,
+    "qwen3-tied": QWEN3,
+    "mixtral": MIXTRAL,
+    "qwen3-moe-tied": QWEN3_MOE,
+}
+
+
+@pytest.fixture(params=CONFIGS)
 def config(request):
-    config = {"llama": CONFIG, "qwen3": QWEN3, "qwen3-tied": QWEN3}.get(request.param, QWEN)
+    config = CONFIGS[request.param]
     return {**config, "tie_word_embeddings": request.param.endswith("tied")}
 
 
@@ -53,9 +88,10 @@ def test_stages_hold_every_tensor_of_the_folder_exactly_once(folder, sizes):
 def test_layers_are_counted_from_zero_in_every_stage(folder):
     _, second = stages_of(folder, 1, 2)
     names = {e.parameter: e.hf for e in second}
-    assert names["decoder.layers.0.mlp.linear_fc2.weight"] == ("model.layers.1.mlp.down_proj.weight",)
-    assert names["decoder.layers.1.mlp.linear_fc2.weight"] == ("model.layers.2.mlp.down_proj.weight",)
-    assert "decoder.layers.2.mlp.linear_fc2.weight" not in names
+    for local, layer in ((0, 1), (1, 2)):
+        parameter = f"decoder.layers.{local}.self_attention.linear_proj.weight"
+        assert names[parameter] == (f"model.layers.{layer}.self_attn.o_proj.weight",)
+    assert "decoder.layers.2.self_attention.linear_proj.weight" not in names
 
 
 def test_a_tied_output_table_is_a_copy_only_where_the_embedding_is_not(folder, config):
@@ -79,7 +115,7 @@ def test_what_is_loaded_is_exported_with_the_same_bits(folder, config, sizes):
         parameters = empty_parameters(folder, entries)
         load_stage(parameters, entries, folder, 0, 1)
         assert all(value.isfinite().all() for value in parameters.values())
-        exported |= dict(export_stage(entries, parameters.__getitem__, folder.shape, None, 0, 1))
+        exported |= exported_by_one(entries, parameters, folder)
     expected = tensors(config)
     assert exported.keys() == expected.keys()
     assert all(torch.equal(exported[name], tensor) for name, tensor in expected.items())
@@ -89,7 +125,7 @@ def test_exported_tensors_do_not_follow_the_parameters(folder):
     (entries,) = stages_of(folder, 3)
     parameters = empty_parameters(folder, entries)
     load_stage(parameters, entries, folder, 0, 1)
-    exported = dict(export_stage(entries, parameters.__getitem__, folder.shape, None, 0, 1))
+    exported = exported_by_one(entries, parameters, folder)
     before = {name: tensor.clone() for name, tensor in exported.items()}
     for value in parameters.values():
         value.zero_()
@@ -107,9 +143,61 @@ def test_the_parts_of_two_ranks_join_to_the_folder(folder, config):
         ranks.append(parameters)
     expected = tensors(config)
     for entry in entries:
-        joined = entry.layout.join([parameters[entry.parameter] for parameters in ranks], folder.shape)
+        parts = [parameters[entry.parameter] for parameters in ranks]
+        joined = entry.layout.join(parts if entry.expert is None else parts[:1], folder.shape)
         for name, tensor in zip(entry.hf, joined, strict=True):
             assert torch.equal(tensor, expected[name])
+
+
+# ---- experts
+
+
+@pytest.mark.parametrize("given", [MIXTRAL, QWEN3_MOE], ids=["mixtral", "qwen3-moe"])
+def test_an_expert_rank_holds_its_experts_under_local_numbers(tmp_path, given):
+    folder = HfFolder(write_folder(tmp_path, given))
+    ends = {"first": False, "last": False, "experts": range(2, 4)}
+    entries = stage_entries(folder.family, folder.shape, PADDED, range(1, 2), **ends)
+    places = {e.parameter: (e.place, e.stack, e.expert) for e in entries if e.expert is not None}
+    count = folder.shape.mixture.num_experts
+    assert places == {
+        f"decoder.layers.0.mlp.experts.local_experts.{expert - 2}.{name}.weight": (
+            (1, expert),
+            (3, count),
+            expert,
+        )
+        for expert in (2, 3)
+        for name in ("linear_fc1", "linear_fc2")
+    }
+
+
+def test_the_whole_model_is_read_in_the_order_of_files(tmp_path):
+    folder = HfFolder(write_folder(tmp_path, MIXTRAL))
+    entries = sorted(model_entries(folder.family, folder.shape, 130), key=reading_order)
+    layers = [e.place[0] for e in entries[1:-2]]
+    assert entries[0].key == "embedding.word_embeddings.weight" and layers == sorted(layers)
+    assert {e.key for e in entries[-2:]} == {"decoder.final_layernorm.weight", "output_layer.weight"}
+
+
+@pytest.mark.parametrize(
+    ("parameter", "key"),
+    [
+        ("embedding.word_embeddings.weight", "embedding.word_embeddings.weight"),
+        (
+            "decoder.layers.{layer}.input_layernorm.weight",
+            "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
+        ),
+        (
+            "decoder.layers.{layer}.pre_mlp_layernorm.weight",
+            "decoder.layers.mlp.linear_fc1.layer_norm_weight",
+        ),
+        (
+            "decoder.layers.{layer}.mlp.experts.local_experts.{expert}.linear_fc2.weight",
+            "decoder.layers.mlp.experts.experts.linear_fc2.weight",
+        ),
+    ],
+)
+def test_checkpoints_stack_parameters_under_megatrons_names(parameter, key):
+    assert checkpoint_key(parameter) == key
 
 
 # ---- refusals
@@ -121,7 +209,7 @@ def rewrite(tmp_path, weights):
 
 
 def test_complete_folders_pass(folder):
-    check_names(folder)
+    folder.check()
 
 
 def test_a_missing_tensor_is_named(tmp_path, folder, config):
@@ -130,7 +218,7 @@ def test_a_missing_tensor_is_named(tmp_path, folder, config):
     with pytest.raises(
         DataError, match=r"has no tensor model\.layers\.1\.self_attn\.k_proj\.weight, which .* needs"
     ):
-        check_names(rewrite(tmp_path, weights))
+        rewrite(tmp_path, weights).check()
 
 
 @pytest.mark.parametrize(
@@ -138,7 +226,7 @@ def test_a_missing_tensor_is_named(tmp_path, folder, config):
 )
 def test_a_tensor_that_the_model_would_ignore_is_refused(tmp_path, folder, config, name):
     with pytest.raises(DataError, match=f"holds {name}, which .*ForCausalLM does not have"):
-        check_names(rewrite(tmp_path, {**tensors(config), name: torch.ones(12)}))
+        rewrite(tmp_path, {**tensors(config), name: torch.ones(12)}).check()
 
 
 @pytest.mark.parametrize("given", [CONFIG, QWEN], ids=["llama", "qwen2"])
@@ -148,7 +236,7 @@ def test_norms_of_heads_are_refused_in_a_family_without_them(tmp_path, given):
     with pytest.raises(
         DataError, match=r"holds model\.layers\.0\.self_attn\.q_norm\.weight, which .*ForCausal"
     ):
-        check_names(rewrite(tmp_path, weights))
+        rewrite(tmp_path, weights).check()
 
 
 @pytest.mark.parametrize("name", ["q", "k"])
@@ -159,7 +247,7 @@ def test_a_qwen3_without_a_norm_of_its_heads_is_refused(tmp_path, name):
     with pytest.raises(
         DataError, match=rf"no tensor model\.layers\.1\.self_attn\.{name}_norm\.weight, which"
     ):
-        check_names(rewrite(tmp_path, weights))
+        rewrite(tmp_path, weights).check()
 
 
 def test_stored_frequencies_and_a_tied_table_written_twice_are_accepted(tmp_path, folder, config):
@@ -167,18 +255,18 @@ def test_stored_frequencies_and_a_tied_table_written_twice_are_accepted(tmp_path
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2),
         "lm_head.weight": torch.ones(130, 12),
     }
-    check_names(rewrite(tmp_path, {**extra, **tensors(config)}))
+    rewrite(tmp_path, {**extra, **tensors(config)}).check()
 
 
 def test_a_tensor_of_another_shape_is_refused(tmp_path, folder, config):
     (entries,) = stages_of(folder, 3)
     parameters = empty_parameters(folder, entries)
-    weights = {**tensors(config), "model.layers.2.mlp.down_proj.weight": torch.ones(12, 22)}
+    weights = {**tensors(config), "model.layers.2.input_layernorm.weight": torch.ones(14)}
     with pytest.raises(DataError) as raised:
         load_stage(parameters, entries, rewrite(tmp_path, weights), 0, 1)
     assert str(raised.value) == (
-        f"{tmp_path}: model.layers.2.mlp.down_proj.weight give a shard of shape (12, 22) "
-        "but the model has (12, 20); config.json and the weights disagree"
+        f"{tmp_path}: model.layers.2.input_layernorm.weight give a shard of shape (14,) "
+        "but the model has (12,); config.json and the weights disagree"
     )
 
 

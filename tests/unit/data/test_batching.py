@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 
 from megatron_scope.data.batching import (
     assign_replicas,
-    empty_micro_batch,
     pack,
     response_table,
     split_prompts,
 )
-from megatron_scope.records import Response
+from megatron_scope.records import MicroBatch, Response
 
 REPEATABLE = settings(derandomize=True, deadline=None, max_examples=100)
 
@@ -201,7 +200,7 @@ def test_nothing_to_pack_gives_no_micro_batch():
 
 @pytest.mark.parametrize("multiple", [1, 4])
 def test_an_empty_micro_batch_has_tokens_to_read_but_no_row(multiple):
-    batch = empty_micro_batch(multiple)
+    batch = MicroBatch.of_padding(multiple)
     assert batch.tokens.tolist() == [0] * multiple and batch.positions.tolist() == list(range(multiple))
     assert batch.cu_seqlens.tolist() == [0, multiple]
     for name in ("rows", "targets", "response", "engine_logprobs"):

@@ -41,8 +41,9 @@ def _config(family: str, **changes: Any) -> Any:
         "mistral_window": ("MistralConfig", {"sliding_window": 8}),
         "qwen3_moe": (
             "Qwen3MoeConfig",
-            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 12},
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 33, "head_dim": 12},
         ),
+        "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 12}),
     }
     name, extra = by_family[family]
     return getattr(transformers, name)(**{**settings, **extra, **changes})

@@ -17,7 +17,7 @@ from megatron_scope.rollout.embedded.model import ServedModel
 from megatron_scope.rollout.embedded.options import ServeOptions
 from tests.unit.rollout.bench import EOS, body, mixed_bodies
 
-FAMILIES = ("qwen2", "qwen2_window", "llama", "qwen3", "mistral_window", "qwen3_moe")
+FAMILIES = ("qwen2", "qwen2_window", "llama", "qwen3", "mistral_window", "qwen3_moe", "mixtral")
 Make = Callable[..., Path]
 
 
@@ -71,10 +71,10 @@ def test_bfloat16_is_close_to_float32(bench: Any) -> None:
 # ---- batch invariance
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3", "qwen2_window", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3", "qwen2_window", "qwen3_moe", "mixtral"])
 def test_an_answer_does_not_depend_on_what_else_runs(family: str, bench: Any, make_model: Make) -> None:
     folder = make_model(family)
-    bodies = mixed_bodies(20 if family == "qwen3_moe" else 108)  # experts decode row by row
+    bodies = mixed_bodies(20 if family in ("qwen3_moe", "mixtral") else 108)  # experts decode row by row
     alone = bench(folder)
     expected = [alone.run([one])[0] for one in bodies[:8]]
     for order in range(3):

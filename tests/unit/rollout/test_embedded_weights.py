@@ -44,7 +44,7 @@ def test_abort_reaches_a_waiting_request(bench: Any) -> None:
 
 
 def test_new_weights_answer_as_a_server_started_on_them(bench: Any, make_model: Make) -> None:
-    for family in ("qwen2", "qwen3", "qwen3_moe"):
+    for family in ("qwen2", "qwen3", "qwen3_moe", "mixtral"):
         other = make_model(family, seed=1)
         it, fresh = (
             bench(make_model(family), max_running_requests=8),
