@@ -59,6 +59,8 @@ setup(
             "hypothesis>=6.100,<7",
             "ruff>=0.17,<0.18",
             "pyright[nodejs]>=1.1.400,<2",
+            "mbridge>=0.15,<0.16",  # a second oracle of the conversion; it needs einops without saying so
+            "einops>=0.8,<1",
             MATPLOTLIB,
         ],
     },

@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_train(commands)
+    _add_convert(commands)
     _add_evaluate(commands)
     _add_verify(commands)
     _add_serve(commands)
@@ -124,9 +125,7 @@ def _train(options: argparse.Namespace) -> int:
         check_files(config)
         return run_local_ranks(options.argv, options.nproc)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # servers and children are ended as after Ctrl-C
+    _end_as_after_ctrl_c()
     end_with_launcher()
     from megatron_scope.backend import setup
 
@@ -135,6 +134,135 @@ def _train(options: argparse.Namespace) -> int:
 
     train(config, resume=options.resume == "auto")
     return 0
+
+
+# ---- convert
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _add_convert(commands: Any) -> None:
+    parser = _command(commands, "convert", None, "Hugging Face checkpoints to Megatron's and back")
+    kinds = parser.add_subparsers(metavar="WHAT", required=True)
+    to_megatron = _command(
+        kinds, "to-megatron", _to_megatron, "a Hugging Face folder to a torch_dist checkpoint, streamed"
+    )
+    to_megatron.add_argument("--hf", required=True, metavar="HF_DIR")
+    to_megatron.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
+    _add_layout(to_megatron, "the layout whose ranks read whole blocks; any other loads it too")
+    _add_dtype(to_megatron)
+    to_hf = _command(kinds, "to-hf", _to_hf, "a torch_dist checkpoint to a Hugging Face folder, streamed")
+    _add_megatron(to_hf)
+    to_hf.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
+    to_hf.add_argument(
+        "--max-shard-gb", type=float, default=5.0, metavar="GB", help="size of a weight file (default 5)"
+    )
+    _add_dtype(to_hf)
+    check = _command(
+        kinds, "check", _check_conversion, "prove that a checkpoint and a Hugging Face folder are one model"
+    )
+    check.add_argument("--hf", required=True, metavar="HF_DIR")
+    check.add_argument("--megatron", required=True, metavar="DIR")
+    _add_layout(check, "the layout that the checkpoint's logits are computed at")
+    check.add_argument(
+        "--logits",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="compare the logits of random tokens: auto (default) where the model fits in memory",
+    )
+    check.add_argument("--output", metavar="FILE", help="write the certificate here as JSON")
+    logits = _command(kinds, "logits", _logits, "a checkpoint's logits of given token ids")
+    _add_megatron(logits)
+    logits.add_argument("--tokens", required=True, metavar="T.npy", help="integers [sequences, length]")
+    logits.add_argument(
+        "--out", required=True, metavar="L.npy", help="float32 [sequences, length, vocabulary]"
+    )
+    _add_layout(logits, "the layout to compute at, under torchrun where it is not 1")
+
+
+def _add_layout(parser: argparse.ArgumentParser, purpose: str) -> None:
+    group = parser.add_argument_group("layout", purpose)
+    for name, kind in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
+        group.add_argument(
+            f"--{name}", type=int, default=1, metavar="N", help=f"{kind}-parallel size (default 1)"
+        )
+
+
+def _add_megatron(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--megatron", required=True, metavar="DIR", help="of training or of to-megatron, at any layout"
+    )
+    parser.add_argument(
+        "--like", metavar="HF_DIR", help="take config and tokenizer from here, not from the checkpoint"
+    )
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, help="cast the weights (default: as they are stored)")
+
+
+def _layout(options: argparse.Namespace) -> Any:
+    from megatron_scope.convert.to_megatron import FileLayout
+
+    for name in ("tp", "pp", "ep"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(options, name)}; expected 1 or more")
+    return FileLayout(options.tp, options.pp, options.ep)
+
+
+def _dtype(options: argparse.Namespace) -> Any:
+    import torch
+
+    return None if options.dtype is None else getattr(torch, options.dtype)
+
+
+def _to_megatron(options: argparse.Namespace) -> int:
+    from megatron_scope.convert.to_megatron import to_megatron
+
+    _end_as_after_ctrl_c()
+    done = to_megatron(options.hf, options.out, _layout(options), _dtype(options))
+    print(f"{done}: {options.out}")
+    return 0
+
+
+def _to_hf(options: argparse.Namespace) -> int:
+    from megatron_scope.convert.to_hf import to_hf
+
+    if not options.max_shard_gb > 0:
+        raise ConfigError(f"--max-shard-gb is {options.max_shard_gb}; expected above 0")
+    _end_as_after_ctrl_c()
+    max_shard_bytes = int(options.max_shard_gb * 1e9)
+    done = to_hf(options.megatron, options.out, options.like, _dtype(options), max_shard_bytes)
+    print(f"{done}: {options.out}")
+    return 0
+
+
+def _check_conversion(options: argparse.Namespace) -> int:
+    from megatron_scope.certificate import CheckOptions, check, describe
+
+    layout = _layout(options)
+    _end_as_after_ctrl_c()
+    certificate = check(CheckOptions(options.hf, options.megatron, layout, options.logits, options.output))
+    print(describe(certificate))
+    return 0 if certificate["equal"] else 1
+
+
+def _logits(options: argparse.Namespace) -> int:
+    from megatron_scope.backend import setup
+
+    layout = _layout(options)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    end_with_launcher()
+    setup.prepare()
+    from megatron_scope.certificate import write_checkpoint_logits
+
+    write_checkpoint_logits(options.megatron, options.like, options.tokens, options.out, layout)
+    return 0
+
+
+def _end_as_after_ctrl_c() -> None:
+    """A terminated command cleans up as an interrupted one does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 # ---- evaluate
@@ -166,7 +294,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     from megatron_scope.config.check import check_config
     from megatron_scope.evaluator import EvaluateOptions, evaluate, parse_ks
 
-    overrides = [*options.overrides, *([f"student.hf={options.model}"] if options.model else [])]
+    chosen = [f"student.hf={options.model}", "student.megatron=null"] if options.model else []
+    overrides = [*options.overrides, *chosen]
     config = load_config(options.config, overrides)
     check_config(config, command="evaluate")
     evaluate(

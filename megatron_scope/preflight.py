@@ -7,9 +7,8 @@ from pathlib import Path
 
 from megatron_scope.config.needs import draws_responses, needs_teacher
 from megatron_scope.config.schema import Config, DataConfig, Engine, ModelConfig
-from megatron_scope.convert.hf_folder import HfFolder
-from megatron_scope.convert.mapping import check_names
-from megatron_scope.convert.shape import check_layout, padded_vocab_size, spread_layers
+from megatron_scope.convert.shape import check_layout, check_trainable, padded_vocab_size, spread_layers
+from megatron_scope.convert.sources import open_model
 from megatron_scope.data.tokenizer import (
     check_same_tokens,
     check_template,
@@ -31,27 +30,28 @@ class Vocabulary:
 
 def vocabulary(config: Config) -> Vocabulary:
     """V = the smaller table of student and teacher; both are padded from the larger one."""
-    rows = [HfFolder(str(config.student.hf)).shape.vocab_rows]
-    if needs_teacher(config):
-        rows.append(HfFolder(str(config.teacher.hf)).shape.vocab_rows)
+    rows = [open_model(model).shape.vocab_rows for model in _models(config)]
     return Vocabulary(min(rows), padded_vocab_size(max(rows), config.parallel.tensor))
 
 
 def max_positions(config: Config) -> int:
     """The longest sequence, in tokens, that every model of the run has positions for."""
-    models = [config.student, *([config.teacher] if needs_teacher(config) else [])]
-    return min(HfFolder(str(model.hf)).shape.max_positions for model in models)
+    return min(open_model(model).shape.max_positions for model in _models(config))
+
+
+def _models(config: Config) -> list[ModelConfig]:
+    return [config.student, config.teacher] if needs_teacher(config) else [config.student]
 
 
 def check_files(config: Config) -> None:
     """ConfigError or DataError for models, tokenizers, layouts and data files that cannot work together."""
     _check_model(config, config.student)
-    tokenizer = load_tokenizer(str(config.student.hf))
+    folder, teacher_folder = config.student.companions, config.teacher.companions
+    tokenizer = load_tokenizer(folder)
     size = vocabulary(config).size
     if needs_teacher(config):
         _check_model(config, config.teacher)
-        teacher_tokenizer = load_tokenizer(str(config.teacher.hf))
-        check_same_tokens(tokenizer, teacher_tokenizer, str(config.student.hf), str(config.teacher.hf))
+        check_same_tokens(tokenizer, load_tokenizer(teacher_folder), folder, teacher_folder)
     if len(tokenizer) > size:
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens but the smaller model table only {size} rows; "
@@ -67,10 +67,17 @@ def check_files(config: Config) -> None:
     if not Path(str(source)).expanduser().exists():
         raise DataError(f"{key} is {source}, which does not exist; expected a JSON-lines file")
     _check_outside_run(
-        config, {"student.hf": config.student.hf, "teacher.hf": config.teacher.hf, key: source}
+        config,
+        {
+            "student.hf": config.student.hf,
+            "student.megatron": config.student.megatron,
+            "teacher.hf": config.teacher.hf,
+            "teacher.megatron": config.teacher.megatron,
+            key: source,
+        },
     )
     if not replayed:
-        check_template(config.data, tokenizer, str(config.student.hf))
+        check_template(config.data, tokenizer, folder)
         _check_lengths(config)
 
 
@@ -78,7 +85,7 @@ def warnings_of(config: Config) -> list[str]:
     """What will run but probably not as meant, one line each; call it after `check_files`."""
     if not needs_teacher(config) or config.teacher.stop_token_id is not None:
         return []
-    folders = str(config.student.hf), str(config.teacher.hf)
+    folders = config.student.companions, config.teacher.companions
     student, teacher = (load_tokenizer(folder) for folder in folders)
     ours = stop_token_ids(config.data, folders[0], student)
     theirs = stop_token_ids(DataConfig(), folders[1], teacher)
@@ -106,13 +113,21 @@ def _check_outside_run(config: Config, inputs: dict[str, str | None]) -> None:
             )
 
 
-def _check_model(config: Config, model: ModelConfig) -> HfFolder:
-    folder = HfFolder(str(model.hf))
-    check_names(folder)
-    stages = model.pipeline_layers or spread_layers(folder.shape.num_layers, config.parallel.pipeline)
-    check_layout(folder.shape, config.parallel.tensor, stages, str(folder.path))
-    folder.close()
-    return folder
+def _check_model(config: Config, model: ModelConfig) -> None:
+    source = open_model(model)
+    source.check()
+    parallel = config.parallel
+    stages = model.pipeline_layers or spread_layers(source.shape.num_layers, parallel.pipeline)
+    # A dense model beside a mixture does without the experts' ranks.
+    expert = parallel.expert if source.shape.mixture or not _has_mixture(config) else 1
+    check_layout(source.shape, parallel.tensor, stages, str(source.path), expert)
+    if model is config.student:
+        check_trainable(source.shape, parallel.tensor, parallel.sequence, stages, str(source.path))
+    source.close()
+
+
+def _has_mixture(config: Config) -> bool:
+    return any(open_model(model).shape.mixture for model in _models(config))
 
 
 def _check_lengths(config: Config) -> None:

@@ -33,8 +33,8 @@ from megatron_scope.config.needs import draws_responses, needs_reference, needs_
 from megatron_scope.config.schema import Engine, ModelConfig
 from megatron_scope.controller.process import ControllerProcess
 from megatron_scope.controller.rows import ResponseRecord
-from megatron_scope.convert.hf_folder import HfFolder
-from megatron_scope.data.batching import assign_replicas, empty_micro_batch, pack, response_table
+from megatron_scope.convert.sources import open_model
+from megatron_scope.data.batching import assign_replicas, pack, response_table
 from megatron_scope.metrics import StageClock, step_metrics
 from megatron_scope.objective import build_objective
 from megatron_scope.objective.objectives import WeighedResponses
@@ -124,7 +124,7 @@ class Trainer:
 
     def _build(self, model: ModelConfig, *, trainable: bool) -> StageModel:
         return build(
-            HfFolder(str(model.hf)),
+            open_model(model),
             self.ranks,
             self.config.train,
             padded_vocab=self.vocabulary.padded_rows,
@@ -270,7 +270,7 @@ class Trainer:
     def _padded(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         """The same number on every replica, as Megatron's schedules and collectives expect."""
         missing = largest(self.ranks, len(micro_batches)) - len(micro_batches)
-        return micro_batches + [empty_micro_batch(self.row_multiple)] * missing
+        return micro_batches + [MicroBatch.of_padding(self.row_multiple)] * missing
 
     @property
     def _publishes(self) -> bool:

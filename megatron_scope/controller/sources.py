@@ -45,7 +45,7 @@ class Source(Protocol):
 
 def open_source(config: Config, vocab_size: int, log_folder: Path) -> Source:
     """The source that the config asks for; DataError when its files cannot serve."""
-    folder = str(config.student.hf)
+    folder = config.student.companions
     if not draws_responses(config):
         tokenizer = load_tokenizer(folder)
         stops = stop_token_ids(config.data, folder, tokenizer)

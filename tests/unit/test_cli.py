@@ -198,7 +198,7 @@ def test_an_override_may_hold_dashes_spaces_and_equal_signs(run, seen):
 
 def test_the_model_to_evaluate_replaces_the_configs(run, seen):
     run("evaluate", "c.yaml", "--model", "m/x", "--benchmarks", "b.jsonl", "student.hf=other", "run.seed=2")
-    assert seen == [("c.yaml", ["student.hf=other", "run.seed=2", "student.hf=m/x"])]
+    assert seen == [("c.yaml", ["student.hf=other", "run.seed=2", "student.hf=m/x", "student.megatron=null"])]
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("evaluate", "controller", "preflight", "metrics", "scoring", "progress", "run_folder"),
     ),
     "launch": (*_BASE, "config", "trainer"),
+    "certificate": (*_BASE, "config", "environment", "convert", "backend", "launch", "__version__"),
     "__main__": ("cli",),
 }
 ALLOWED["cli"] = tuple(ALLOWED)
