@@ -71,7 +71,7 @@ class Row:
     seconds: float
     bytes_per_second: float
     ratio_to_copy: float
-    ratio_without_start: float
+    ratio_without_start: float | None  # None where the start took as long as the whole
     peak_above_bare_bytes: int
     anonymous_above_bare_bytes: int
     limit_bytes: int
@@ -212,7 +212,7 @@ def summarise(name: str, cache: str, runs: dict[str, list[Run]], bare: dict[str,
     """Medians of each contestant's runs beside the copy's, and memory above the bare process."""
     size = SIZES[name]
     median = {key: statistics.median(run.seconds for run in found) for key, found in runs.items()}
-    working = {key: max(seconds - bare[key].seconds, 1e-9) for key, seconds in median.items()}
+    working = {key: seconds - bare[key].seconds for key, seconds in median.items()}
     return [
         Row(
             size=name,
@@ -221,7 +221,7 @@ def summarise(name: str, cache: str, runs: dict[str, list[Run]], bare: dict[str,
             seconds=median[key],
             bytes_per_second=size.num_bytes / median[key],
             ratio_to_copy=median[COPY] / median[key],
-            ratio_without_start=working[COPY] / working[key],
+            ratio_without_start=working[COPY] / working[key] if working[key] > 0 else None,
             peak_above_bare_bytes=max(run.peak_bytes for run in found) - bare[key].peak_bytes,
             anonymous_above_bare_bytes=max(run.anonymous_bytes for run in found) - bare[key].anonymous_bytes,
             limit_bytes=size.limit_bytes,
@@ -241,7 +241,8 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         times = [run.seconds for run in row.runs]
         spread = f"{row.seconds:.2f} ({min(times):.2f} to {max(times):.2f})"
-        ratios = f"{row.ratio_to_copy:.2f} | {row.ratio_without_start:.2f}"
+        without_start = "-" if row.ratio_without_start is None else f"{row.ratio_without_start:.2f}"
+        ratios = f"{row.ratio_to_copy:.2f} | {without_start}"
         peaks = f"{row.peak_above_bare_bytes / 1e6:.0f} | {row.anonymous_above_bare_bytes / 1e6:.0f}"
         lines.append(
             f"| {row.size} | {row.cache} | {row.contestant} | {len(times)} | {spread} | "

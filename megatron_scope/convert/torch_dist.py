@@ -14,7 +14,7 @@ import os
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,6 +53,14 @@ _NAMES = {
     "collections": {"OrderedDict"},
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
     "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
+}
+
+
+_STORAGES = {
+    "FloatStorage": torch.float32,
+    "BFloat16Storage": torch.bfloat16,
+    "HalfStorage": torch.float16,
+    "DoubleStorage": torch.float64,
 }
 
 
@@ -173,16 +181,13 @@ class TorchDistFolder:
         if known not in self._data_starts:
             try:
                 with open(path, "rb") as file:
-                    section = _Section(file, place.offset, place.length)
-                    saved = torch.load(section, map_location="meta", weights_only=True)  # pyright: ignore[reportArgumentType]
-                    offset = _storage_offset(section)
-            except Exception as error:  # torch and zipfile raise of many kinds on a damaged file
+                    saved, offset = _read_header(_Section(file, place.offset, place.length))
+            except Exception as error:  # zipfile and pickle raise of many kinds on a damaged file
                 raise DataError(f"{path}: {key} cannot be read ({_one_line(error)}); copy it again") from None
-            whole = saved.is_contiguous() and not saved.storage_offset()
-            if tuple(saved.shape) != sizes or saved.dtype != dtype or not whole:
+            if saved.dtype != dtype or saved.size != sizes or saved.offset or not saved.is_contiguous:
                 raise DataError(
-                    f"{path}: {key} has a block of {saved.dtype}, size {tuple(saved.shape)} and strides "
-                    f"{saved.stride()}; {METADATA} says {dtype}, {sizes}, contiguous"
+                    f"{path}: {key} has a block of {saved.dtype}, size {saved.size} and strides "
+                    f"{saved.stride}; {METADATA} says {dtype}, {sizes}, contiguous"
                 )
             self._data_starts[known] = place.offset + offset
         return self._data_starts[known]
@@ -216,10 +221,63 @@ class _Section(io.RawIOBase):
         return len(data)
 
 
-def _storage_offset(section: _Section) -> int:
-    """Where the one storage of a saved tensor begins in its archive, which keeps it as it is."""
+class _SavedTensor(NamedTuple):
+    """What torch.save says of a tensor beside its numbers."""
+
+    dtype: torch.dtype
+    size: Size
+    stride: Size
+    offset: int
+
+    @property
+    def is_contiguous(self) -> bool:
+        wanted = (math.prod(self.size[axis + 1 :]) for axis in range(len(self.size)))
+        return all(
+            length == 1 or got == want
+            for length, got, want in zip(self.size, self.stride, wanted, strict=True)
+        )
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Reads how a tensor was saved, and makes nothing but a _SavedTensor of it."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if module_name == "torch" and global_name in _STORAGES:
+            return _STORAGES[global_name]
+        made = {
+            ("torch._utils", "_rebuild_tensor_v2"): lambda dtype, offset, size, stride, *_: _SavedTensor(
+                dtype, tuple(size), tuple(stride), offset
+            ),
+            ("torch._utils", "_rebuild_parameter"): lambda saved, *_: saved,
+            ("collections", "OrderedDict"): dict,
+        }
+        if (module_name, global_name) not in made:
+            raise pickle.UnpicklingError(f"it names {module_name}.{global_name}, which no tensor needs")
+        return made[module_name, global_name]
+
+    def persistent_load(self, pid: Any) -> torch.dtype:
+        _, dtype, *_ = pid  # ("storage", its type, its name, device, length)
+        return dtype
+
+
+def _read_header(section: _Section) -> tuple[_SavedTensor, int]:
+    """A saved tensor without its numbers, and where in the section they begin.
+
+    torch.load could tell too, at thirty times the cost, and takes an interrupt for a damaged file.
+    """
     with zipfile.ZipFile(section) as archive:  # pyright: ignore[reportArgumentType]
-        (entry,) = (entry for entry in archive.infolist() if "/data/" in f"/{entry.filename}")
+        records = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
+    pickled = records["data.pkl"]
+    section.seek(_record_start(section, pickled))
+    saved = _TensorUnpickler(io.BytesIO(section.read(pickled.file_size) or b"")).load()
+    (numbers,) = (entry for name, entry in records.items() if name.startswith("data/"))
+    if numbers.file_size != math.prod(saved.size) * saved.dtype.itemsize:
+        raise ValueError(f"its storage has {numbers.file_size} bytes")
+    return saved, _record_start(section, numbers)
+
+
+def _record_start(section: _Section, entry: zipfile.ZipInfo) -> int:
+    """Where a record begins in an archive that compresses nothing."""
     # A local header: 30 bytes, the lengths of name and extra field at 26, then both of them.
     section.seek(entry.header_offset)
     header = section.read(30)

@@ -250,7 +250,7 @@ def test_an_interrupt_in_the_middle_leaves_nothing(
     with stopped_in_the_middle(words_of(kind, sources, out), out) as process:
         process.send_signal(number)
         result = ended(process)
-    assert (result.returncode, result.stdout) == (130, "")
+    assert (result.returncode, result.stdout) == (130, ""), result.stderr
     assert "Traceback" not in result.stderr and "error" not in result.stderr.lower()
     assert list(tmp_path.iterdir()) == []
 

@@ -9,6 +9,15 @@ import megatron_scope.config
 import megatron_scope.config.check
 from megatron_scope import cli
 from megatron_scope.errors import CheckpointError, ConfigError, DataError, TrainingError
+from tests.unit.convert.folders import (
+    CONFIG,
+    read_weights,
+    same_bits,
+    stacked,
+    tensors,
+    write_checkpoint,
+    write_folder,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +75,15 @@ def one_line(err):
         (("verify", "--input", "f", "--output", "g", "extra"), "unrecognized arguments: extra"),
         (("evaluate", "c.yaml"), "--benchmarks"),
         (("serve",), "--model"),
+        (("convert",), "WHAT"),
+        (("convert", "to-onnx"), "invalid choice: 'to-onnx' (choose from"),
+        (("convert", "to-megatron", "--hf", "m"), "--out"),
+        (("convert", "to-megatron", "--out", "o"), "--hf"),
+        (("convert", "to-hf", "--megatron", "m", "--out", "o", "--dtype", "int8"), "invalid choice: 'int8'"),
+        (("convert", "to-hf", "--hf", "m", "--out", "o"), "--megatron"),
+        (("convert", "check", "--hf", "m", "--megatron", "c", "--logits", "some"), "invalid choice: 'some'"),
+        (("convert", "logits", "--megatron", "m", "--out", "o"), "--tokens"),
+        (("convert", "to-hf", "--megatron", "m", "--out", "o", "extra"), "unrecognized arguments: extra"),
     ],
 )
 def test_wrong_use_exits_with_2_and_one_line(run, arguments, problem):
@@ -73,7 +91,13 @@ def test_wrong_use_exits_with_2_and_one_line(run, arguments, problem):
     assert (code, out) == (2, "") and problem in one_line(err)
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("evaluate",), ("verify",), ("serve",)])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *((), ("train",), ("evaluate",), ("verify",), ("serve",), ("convert",)),
+        *(("convert", kind) for kind in ("to-megatron", "to-hf", "check", "logits")),
+    ],
+)
 def test_every_command_has_help(run, command):
     code, out, err = run(*command, "--help")
     assert code == 0 and err == "" and out.startswith("usage: megatron-scope")
@@ -81,7 +105,7 @@ def test_every_command_has_help(run, command):
 
 def test_the_commands_are_listed_in_the_help(run):
     _, out, _ = run("--help")
-    assert all(name in out for name in ("train", "evaluate", "verify", "serve"))
+    assert all(name in out for name in ("train", "convert", "evaluate", "verify", "serve"))
 
 
 def test_the_version_is_printed(run):
@@ -303,3 +327,105 @@ def test_verify_refuses_settings_that_cannot_work(run, tmp_path, option):
 def test_serve_refuses_a_folder_that_holds_no_model(run, tmp_path):
     code, out, err = run("serve", "--model", tmp_path)
     assert (code, out) == (2, "") and str(tmp_path) in one_line(err)
+
+
+# ---- convert
+
+
+@pytest.mark.parametrize("name", ["tp", "pp", "ep"])
+@pytest.mark.parametrize("value", [0, -2])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("to-megatron", "--hf", "m", "--out", "o"),
+        ("check", "--hf", "m", "--megatron", "c"),
+        ("logits", "--megatron", "c", "--tokens", "t", "--out", "o"),
+    ],
+    ids=["to-megatron", "check", "logits"],
+)
+def test_no_ranks_of_a_kind_are_wrong_use(run, words, name, value):
+    code, out, err = run("convert", *words, f"--{name}={value}")
+    assert (code, out) == (2, "") and one_line(err) == f"--{name} is {value}; expected 1 or more"
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan"])
+def test_files_without_a_size_are_wrong_use(run, value):
+    code, out, err = run("convert", "to-hf", "--megatron", "c", "--out", "o", f"--max-shard-gb={value}")
+    assert (code, out) == (2, "") and one_line(err) == f"--max-shard-gb is {float(value)}; expected above 0"
+
+
+@pytest.fixture
+def hf(tmp_path):
+    return write_folder(tmp_path / "hf")
+
+
+def test_convert_goes_there_and_back_and_says_how_much(run, tmp_path, hf):
+    mega, back = tmp_path / "mega", tmp_path / "back"
+    code, out, err = run(
+        "convert", "to-megatron", "--hf", hf, "--out", mega, "--tp", 2, "--dtype", "bfloat16"
+    )
+    assert (code, err) == (0, "") and out.endswith(f": {mega}\n") and out.count("\n") == 1
+    words = ("--megatron", mega, "--out", back, "--dtype", "float32", "--max-shard-gb", 7e-6)
+    code, out, err = run("convert", "to-hf", *words)
+    assert (code, err) == (0, "") and out.endswith(f": {back}\n") and out.count("\n") == 1
+    rounded = {name: tensor.bfloat16().float() for name, tensor in tensors().items()}
+    assert same_bits(read_weights(back), rounded)
+    assert len(list(back.glob("model-*-of-*.safetensors"))) > 1
+
+
+def test_convert_takes_a_config_from_another_folder(run, tmp_path, hf):
+    mega, back = write_checkpoint(tmp_path / "mega", stacked(hf)), tmp_path / "back"
+    code, out, err = run("convert", "to-hf", "--megatron", mega, "--out", back)
+    assert (code, out) == (2, "") and "--like HF_DIR" in one_line(err) and not back.exists()
+    assert run("convert", "to-hf", "--megatron", mega, "--out", back, "--like", hf)[0] == 0
+    assert same_bits(read_weights(back), tensors())
+
+
+def test_check_tells_equal_and_different_by_its_exit_code(run, tmp_path, hf):
+    mega, certificate = write_checkpoint(tmp_path / "mega", stacked(hf), CONFIG), tmp_path / "c.json"
+    words = ("--hf", hf, "--megatron", mega, "--logits", "never", "--output", certificate)
+    count = len(tensors())
+    skipped = "logits not compared: not asked for\n"
+    code, out, err = run("convert", "check", *words)
+    assert (code, err) == (0, "")
+    assert out == f"{count} of {count} tensors are equal bit for bit\n{skipped}"
+    found = json.loads(certificate.read_text())
+    assert found["equal"] and found["logits"] == {"skipped": "not asked for"}
+    assert (found["hf"], found["megatron"]) == (str(hf), str(mega))
+    assert found["architecture"] == "LlamaForCausalLM"
+    weights = tensors()
+    weights["model.norm.weight"][0] = weights["model.norm.weight"][0].round() + 8
+    difference = (weights["model.norm.weight"] - tensors()["model.norm.weight"]).abs().max().item()
+    write_folder(hf, weights=weights)
+    code, out, err = run("convert", "check", *words)
+    assert (code, err) == (1, "")
+    assert out == (
+        f"{count - 1} of {count} tensors are equal bit for bit; model.norm.weight differs by up to "
+        f"{difference:.3g}\n{skipped}"
+    )
+    found = json.loads(certificate.read_text())
+    assert not found["equal"] and found["tensors"]["largest_difference"] == pytest.approx(difference)
+
+
+def test_a_checkpoint_without_a_config_is_checked_by_the_folders(run, tmp_path, hf):
+    mega = write_checkpoint(tmp_path / "mega", stacked(hf))
+    words = ("--hf", hf, "--megatron", mega, "--logits", "never")
+    assert run("convert", "check", *words)[0] == 0
+
+
+def test_a_checkpoint_with_a_config_of_another_model_is_refused(run, tmp_path, hf):
+    """Its own config counts, not the folder's, or a wrong one would never be found."""
+    mega = write_checkpoint(tmp_path / "mega", stacked(hf), {**CONFIG, "rope_theta": 5.0})
+    code, out, err = run("convert", "check", "--hf", hf, "--megatron", mega, "--logits", "never")
+    assert (code, out) == (2, "")
+    assert one_line(err) == f"{hf} and {mega} are of different models: rope_theta is 10000.0 and 5.0"
+
+
+def test_logits_need_as_many_ranks_as_the_layout(run, tmp_path, hf):
+    mega = write_checkpoint(tmp_path / "mega", stacked(hf), CONFIG)
+    words = ("--megatron", mega, "--tokens", "t.npy", "--out", "l.npy", "--tp", 2, "--pp", 3)
+    code, out, err = run("convert", "logits", *words)
+    assert (code, out) == (2, "") and one_line(err) == (
+        "there are 1 ranks; --tp 2 --pp 3 --ep 1 needs 6: start them with torchrun --nproc-per-node 6 -m "
+        "megatron_scope ..."
+    )

@@ -20,7 +20,7 @@ def folder(request, tmp_path):
     return HfFolder(write_folder(tmp_path, {**BY_FAMILY[request.param], **DIVISIBLE}))
 
 
-@pytest.fixture(params=[1, 100, 16 * 2**20], ids=["rows", "tiny", "whole"])
+@pytest.fixture(params=[100, 16 * 2**20], ids=["tiny", "whole"])
 def block_bytes(request, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK_BYTES", request.param)
     return request.param

@@ -74,20 +74,23 @@ def test_shards_hold_at_most_the_limit_or_one_tensor_in_order(sizes, max_bytes, 
     assert [tensor for shard in shards for tensor in shard] == plans
 
 
-def test_a_file_is_laid_out_as_the_library_lays_it_out(tmp_path):
+@pytest.mark.parametrize("length", range(1, 9))
+def test_a_file_is_laid_out_as_the_library_lays_it_out(tmp_path, length):
     """Numbers at a multiple of eight bytes, the framework named: transformers refuses files without it."""
-    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(3).bfloat16()}
-    with SafetensorsWriter(tmp_path, {"m": [plan("a", 2, 3), plan("b", 3, dtype=torch.bfloat16)]}) as writer:
+    first = "a" * length
+    tensors = {first: torch.arange(6.0).reshape(2, 3), "b": torch.arange(3).bfloat16()}
+    plans = [plan(first, 2, 3), plan("b", 3, dtype=torch.bfloat16)]
+    with SafetensorsWriter(tmp_path, {"m": plans}) as writer:
         for name, tensor in tensors.items():
             writer.write(name, 0, tensor)
     with safe_open(tmp_path / "m", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
     ours, theirs = (tmp_path / "m").read_bytes(), (tmp_path / "theirs").read_bytes()
-    length = int.from_bytes(ours[:8], "little")
-    assert length % 8 == 0 and len(ours) == len(theirs)
-    assert json.loads(ours[8 : 8 + length]) == json.loads(theirs[8 : 8 + length])
-    assert ours[8 + length :] == theirs[8 + length :]
+    header = int.from_bytes(ours[:8], "little")
+    assert header % 8 == 0 and len(ours) == len(theirs)
+    assert json.loads(ours[8 : 8 + header]) == json.loads(theirs[8 : 8 + header])
+    assert ours[8 + header :] == theirs[8 + header :]
 
 
 def test_a_full_file_is_whole_while_others_are_still_written(tmp_path):

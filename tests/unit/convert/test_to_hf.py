@@ -23,7 +23,6 @@ from tests.unit.convert.folders import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LAYOUTS = {"one": FileLayout(), "tp2-pp2": FileLayout(tensor=2, pipeline=2)}
 
 
 @pytest.fixture
@@ -49,14 +48,17 @@ def refuse(megatron, out, kind=DataError, **options):
 # ---- what is written
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("tied", "layout"),
+    [(False, FileLayout()), (True, FileLayout(tensor=2, pipeline=2))],
+    ids=["untied-one", "tied-tp2-pp2"],
+)
 @pytest.mark.parametrize("family", BY_FAMILY)
-def test_there_and_back_every_bit_is_the_same(tmp_path, out, monkeypatch, family, layout, tied):
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 500)
+def test_there_and_back_every_bit_is_the_same(tmp_path, out, monkeypatch, family, tied, layout):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 2000)
     config = {**BY_FAMILY[family], "tie_word_embeddings": tied}
     hf = write_folder(tmp_path / "hf", config)
-    to_megatron(hf, tmp_path / "mega", LAYOUTS[layout])
+    to_megatron(hf, tmp_path / "mega", layout)
     done = to_hf.to_hf(tmp_path / "mega", out)
     assert same_bits(read_weights(out), tensors(config))
     assert done.num_bytes == sum(tensor.nbytes for tensor in tensors(config).values())
@@ -64,7 +66,7 @@ def test_there_and_back_every_bit_is_the_same(tmp_path, out, monkeypatch, family
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [127, 128, 129, 256])
+@pytest.mark.parametrize("rows", [128, 129])
 def test_no_row_that_pads_a_table_comes_back_in_any_dtype(tmp_path, out, dtype, rows):
     config = {**CONFIG, "vocab_size": rows}
     weights = {name: tensor.to(dtype) for name, tensor in tensors(config).items()}

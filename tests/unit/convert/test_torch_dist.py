@@ -3,6 +3,7 @@
 import itertools
 import os
 import pickle
+import signal
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_scope.convert import torch_dist_writer
+from megatron_scope.convert import torch_dist, torch_dist_writer
 from megatron_scope.convert.torch_dist import BACKEND_FILE, COMMON, METADATA, TorchDistFolder
 from megatron_scope.convert.torch_dist_writer import TorchDistWriter
 from megatron_scope.errors import DataError
@@ -347,6 +348,22 @@ def test_a_place_beyond_the_end_is_refused(folder):
     change_metadata(folder, move)
     assert "should have" in problem(lambda: TorchDistFolder(folder).check_files())
     assert "cannot be read (" in problem(lambda: read_all(folder))
+
+
+@pytest.mark.parametrize("after", [0, 3, 9, 20])
+def test_an_interrupt_while_a_header_is_read_stays_one(folder, monkeypatch, after):
+    """torch puts an error of its own in its place, which would pass for a damaged file."""
+    pread, calls = os.pread, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == after + 1:
+            signal.raise_signal(signal.SIGINT)
+        return pread(*arguments)
+
+    monkeypatch.setattr(torch_dist.os, "pread", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        read_all(folder)
 
 
 # ---- a disk that fills up
