@@ -19,8 +19,8 @@ from megatron_scope.convert.certify import compare_tensors, summary
 from megatron_scope.convert.files import write_json
 from megatron_scope.convert.hf_folder import HfFolder
 from megatron_scope.convert.megatron_folder import MegatronFolder
-from megatron_scope.convert.shape import check_layout, spread_layers
 from megatron_scope.convert.to_megatron import FileLayout
+from megatron_scope.data.jsonl import without_nan
 from megatron_scope.environment import place
 from megatron_scope.errors import ConfigError, DataError, ScopeError
 from megatron_scope.launch import run_local_ranks
@@ -44,8 +44,16 @@ class CheckOptions:
 
 
 def check(options: CheckOptions) -> dict[str, Any]:
-    """Compares both sides and returns the certificate, which it writes to `options.output`."""
+    """Compares both sides and returns the certificate, which it writes to `options.output`, null where a
+    number is none.
+
+    Raises DataError for sides that cannot be compared, ConfigError for an impossible layout or output.
+    """
+    output = None if options.output is None else Path(options.output).expanduser()
+    if output is not None and not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: {output.parent} is not a folder; make it first")
     hf, megatron = HfFolder(options.hf), _open_megatron(options)
+    options.layout.check(hf.shape, str(hf.path))
     proofs = compare_tensors(hf, megatron)
     logits = _compare_logits(options, hf, megatron, {proof.megatron_dtype for proof in proofs})
     certificate = {
@@ -60,8 +68,8 @@ def check(options: CheckOptions) -> dict[str, Any]:
             **{name: importlib.metadata.version(name) for name in _LIBRARIES},
         },
     }
-    if options.output is not None:
-        write_json(Path(options.output).expanduser(), certificate)
+    if output is not None:
+        write_json(output, without_nan(certificate))
     return certificate
 
 
@@ -90,9 +98,6 @@ def _compare_logits(
 ) -> dict[str, Any]:
     if options.logits == "never":
         return {"skipped": "not asked for"}
-    layout = options.layout
-    stage_sizes = spread_layers(hf.shape.num_layers, layout.pipeline)
-    check_layout(hf.shape, layout.tensor, stage_sizes, str(hf.path), layout.expert)
     needed, free = 4.5 * _num_parameters(hf), psutil.virtual_memory().available
     if options.logits == "auto" and needed > free:
         return {
@@ -104,7 +109,7 @@ def _compare_logits(
     ours, theirs = _megatron_logits(options, megatron, tokens), _transformers_logits(hf, tokens, dtypes)
     largest, scale = float(np.abs(ours - theirs).max()), max(1.0, float(np.abs(theirs).max()))
     return {
-        **dataclasses.asdict(layout),
+        **dataclasses.asdict(options.layout),
         "sequences": _NUM_SEQUENCES,
         "length": length,
         "dtype": "float32",
@@ -136,13 +141,23 @@ def _megatron_logits(options: CheckOptions, megatron: MegatronFolder, tokens: np
 
 
 def _transformers_logits(hf: HfFolder, tokens: np.ndarray, dtypes: set[str]) -> np.ndarray:
-    """Float32 logits of the numbers that the checkpoint was given: cast to its dtype, where it has one."""
+    """Float32 logits of the numbers that the checkpoint was given: cast to its dtype, where it has one.
+
+    DataError where transformers cannot load the folder.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     dtype = getattr(torch, dtypes.pop()) if len(dtypes) == 1 else torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(hf.path, dtype=dtype, local_files_only=True).float()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(hf.path, dtype=dtype, local_files_only=True)
+    except Exception as error:  # transformers raises of many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"{hf.path}: transformers cannot load it ({reason}); mend it, or pass --logits never"
+        ) from None
+    model = loaded.float()
     if hf.shape.mixture:
         model.set_experts_implementation("eager")  # the default one wants sizes that are multiples of four
     with torch.inference_mode():
@@ -159,9 +174,7 @@ def write_checkpoint_logits(
     source = MegatronFolder(megatron, like)
     source.check()
     shape, world_size = source.shape, place().world_size
-    check_layout(
-        shape, layout.tensor, spread_layers(shape.num_layers, layout.pipeline), megatron, layout.expert
-    )
+    layout.check(shape, str(source.path))
     needed = layout.pipeline * math.lcm(layout.tensor, layout.expert)
     if world_size != needed:
         raise ConfigError(
@@ -183,8 +196,10 @@ def _read_tokens(path: str) -> np.ndarray:
         tokens = np.load(Path(path).expanduser(), allow_pickle=False)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise DataError(f"{path} is not a NumPy file; expected one written by numpy.save") from None
+    except (ValueError, EOFError):
+        tokens = None
+    if not isinstance(tokens, np.ndarray):
+        raise DataError(f"{path} is not a NumPy file of one array; expected one written by numpy.save")
     if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or not tokens.size:
         raise DataError(
             f"{path} holds {tokens.dtype} {tokens.shape}; expected token ids as integers [sequences, length]"

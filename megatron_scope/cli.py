@@ -5,6 +5,7 @@ other failure.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -228,8 +229,8 @@ def _to_megatron(options: argparse.Namespace) -> int:
 def _to_hf(options: argparse.Namespace) -> int:
     from megatron_scope.convert.to_hf import to_hf
 
-    if not options.max_shard_gb > 0:
-        raise ConfigError(f"--max-shard-gb is {options.max_shard_gb}; expected above 0")
+    if not 0 < options.max_shard_gb < math.inf:
+        raise ConfigError(f"--max-shard-gb is {options.max_shard_gb}; expected finite and above 0")
     _end_as_after_ctrl_c()
     max_shard_bytes = int(options.max_shard_gb * 1e9)
     done = to_hf(options.megatron, options.out, options.like, _dtype(options), max_shard_bytes)

@@ -75,6 +75,11 @@ def _row_blocks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield first, rows.clone() if rows.untyped_storage().nbytes() != rows.nbytes else rows
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as config.json names it, float32 for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def is_finite(block: Tensor) -> bool:
     """Whether a contiguous float32, bfloat16 or float16 CPU tensor holds no infinity and no NaN."""
     kind, magnitude, infinity = _BITS[block.dtype]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_scope.convert.blocks import hf_blocks
+from megatron_scope.convert.blocks import dtype_name, hf_blocks
 from megatron_scope.convert.hf_folder import HfFolder
 from megatron_scope.convert.mapping import Entry, model_entries, reading_order
 from megatron_scope.convert.megatron_folder import MegatronFolder
@@ -85,8 +85,8 @@ def _compare(
         TensorProof(
             name=name,
             shape=list(size),
-            hf_dtype=_name(hf.dtype(name)),
-            megatron_dtype=_name(dtype),
+            hf_dtype=dtype_name(hf.dtype(name)),
+            megatron_dtype=dtype_name(dtype),
             hf_sha256=sums[index][0].hexdigest(),
             megatron_sha256=sums[index][1].hexdigest(),
             largest_difference=largest[index],
@@ -109,7 +109,3 @@ def summary(proofs: list[TensorProof]) -> dict[str, Any]:
 
 def _bytes_of(value: Tensor) -> memoryview:
     return value.view(-1).view(torch.uint8).numpy().data
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -22,8 +22,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises DataError when `out` exists: nothing is overwritten. What a killed run left under the hidden name
     is removed first.
     """
-    if out.exists() or out.is_symlink():
-        raise DataError(f"{out} exists already; remove it or name another folder")
+    check_new(out)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -35,6 +34,12 @@ def new_folder(out: Path) -> Iterator[Path]:
         sync_to_disk(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new(out: Path) -> None:
+    """DataError when something of this name exists."""
+    if out.exists() or out.is_symlink():
+        raise DataError(f"{out} exists already; remove it or name another folder")
 
 
 def check_space(out: Path, num_bytes: int) -> None:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_scope.convert.blocks import dtype_name
 from megatron_scope.convert.files import copy_companions, sync_to_disk, write_json
 from megatron_scope.convert.hf_folder import INDEX, SINGLE
 from megatron_scope.convert.safetensors_writer import TensorPlan
@@ -34,7 +35,7 @@ def finish_folder(folder: Path, like: Path, files: Mapping[str, Sequence[TensorP
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(file_of.items()))}
         write_json(folder / INDEX, index)
     copy_companions(like, folder)
-    dtype = str(next(iter(files.values()))[0].dtype).removeprefix("torch.")
+    dtype = dtype_name(next(iter(files.values()))[0].dtype)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     # Both names of the key: transformers before 5, and servers built on it, read the older one.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_scope.errors import ConfigError
+from megatron_scope.errors import ConfigError, DataError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,30 +103,43 @@ def spread_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
     return tuple(base + (stage in larger) for stage in range(num_stages))
 
 
+@dataclasses.dataclass(frozen=True)
+class LayoutKeys:
+    """What the user called the parts of a layout, for messages."""
+
+    tensor: str = "parallel.tensor"
+    expert: str = "parallel.expert"
+
+
 def check_layout(
-    shape: ModelShape, tensor: int, stage_sizes: tuple[int, ...], name: str, expert: int = 1
+    shape: ModelShape,
+    tensor: int,
+    stage_sizes: tuple[int, ...],
+    name: str,
+    expert: int = 1,
+    keys: LayoutKeys | None = None,
 ) -> None:
     """ConfigError when `tensor` does not divide the model's heads, groups and MLP, `expert` its experts, or
     the stages do not add up.
     """
+    keys = keys or LayoutKeys()
     split = {"attention heads": shape.num_attention_heads, "query groups": shape.num_query_groups}
     if shape.mixture is None:  # experts are whole on a rank
         split["MLP rows"] = shape.ffn_hidden_size
     for label, count in split.items():
         if count % tensor:
             raise ConfigError(
-                f"parallel.tensor is {tensor} but {name} has {count} {label}, which {tensor} does not "
-                "divide; "
-                "use a smaller parallel.tensor"
+                f"{keys.tensor} is {tensor} but {name} has {count} {label}, which {tensor} does not divide; "
+                f"use a smaller {keys.tensor}"
             )
     if expert > 1 and shape.mixture is None:
         raise ConfigError(
-            f"parallel.expert is {expert} but {name} is a dense model, without experts; set parallel.expert=1"
+            f"{keys.expert} is {expert} but {name} is a dense model, without experts; set {keys.expert} to 1"
         )
     if shape.mixture is not None and shape.mixture.num_experts % expert:
         raise ConfigError(
-            f"parallel.expert is {expert} but {name} has {shape.mixture.num_experts} experts, which {expert} "
-            "does not divide; use a smaller parallel.expert"
+            f"{keys.expert} is {expert} but {name} has {shape.mixture.num_experts} experts, which {expert} "
+            f"does not divide; use a smaller {keys.expert}"
         )
     if sum(stage_sizes) != shape.num_layers or min(stage_sizes) < 0:
         raise ConfigError(
@@ -153,11 +166,14 @@ def check_trainable(
         )
 
 
-def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
+def rope_settings(config: dict[str, Any], source: str) -> dict[str, Any]:
     """The rotary settings of a config.json: `rope_parameters` (transformers 5) or `rope_theta` +
-    `rope_scaling` (before).
+    `rope_scaling` (before). DataError where they are no object.
     """
-    settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise DataError(f"{source}: the rotary settings are {given!r}; expected an object with rope_type")
+    settings = dict(given)
     if "type" in settings:
         settings.setdefault("rope_type", settings.pop("type"))
     if "rope_theta" in config:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_scope.convert.blocks import hf_blocks, is_finite
-from megatron_scope.convert.files import check_space, new_folder
+from megatron_scope.convert.blocks import dtype_name, hf_blocks, is_finite
+from megatron_scope.convert.files import check_new, check_space, new_folder
 from megatron_scope.convert.hf_writer import MAX_SHARD_BYTES, finish_folder, shard_names
 from megatron_scope.convert.mapping import Entry, model_entries, reading_order
 from megatron_scope.convert.megatron_folder import MegatronFolder
@@ -33,6 +33,7 @@ def to_hf(
     `out` appears when it is complete, or not at all.
     """
     out = Path(out).expanduser()
+    check_new(out)
     source = MegatronFolder(megatron, like)
     source.check()
     entries = sorted(model_entries(source.family, source.shape, source.shape.vocab_rows), key=reading_order)
@@ -63,7 +64,9 @@ def _write(
     for index, first_row, rows in hf_blocks(entry, source, entry.whole_size(source.shape)):
         name, cast = entry.hf[index], rows if dtype is None else rows.to(dtype)
         if not is_finite(cast):
-            what = "NaN or infinity" if not rows.isfinite().all() else f"numbers too large for {dtype}"
+            what = (
+                f"numbers that {dtype_name(cast.dtype)} cannot hold" if is_finite(rows) else "NaN or infinity"
+            )
             raise DataError(
                 f"{source.path}: {entry.key} (for {name}) holds {what}; look at the run that wrote it, or "
                 "take an earlier checkpoint"

@@ -11,12 +11,18 @@ from typing import NoReturn
 import torch
 
 from megatron_scope.config.schema import COMPANIONS
-from megatron_scope.convert.blocks import is_finite, megatron_blocks
-from megatron_scope.convert.files import check_space, copy_companions, new_folder
+from megatron_scope.convert.blocks import dtype_name, is_finite, megatron_blocks
+from megatron_scope.convert.files import check_new, check_space, copy_companions, new_folder
 from megatron_scope.convert.hf_folder import TIED_COPY, HfFolder
 from megatron_scope.convert.mapping import TIED_SOURCE, Entry, reading_order, stage_entries
 from megatron_scope.convert.progress import ByteProgress
-from megatron_scope.convert.shape import check_layout, padded_vocab_size, spread_layers
+from megatron_scope.convert.shape import (
+    LayoutKeys,
+    ModelShape,
+    check_layout,
+    padded_vocab_size,
+    spread_layers,
+)
 from megatron_scope.convert.torch_dist_writer import TorchDistWriter
 from megatron_scope.errors import DataError
 
@@ -43,6 +49,12 @@ class FileLayout:
     pipeline: int = 1
     expert: int = 1
 
+    def check(self, shape: ModelShape, name: str) -> tuple[int, ...]:
+        """The layers of each pipeline stage; ConfigError for a layout that a model cannot be split over."""
+        stage_sizes = spread_layers(shape.num_layers, self.pipeline)
+        check_layout(shape, self.tensor, stage_sizes, name, self.expert, LayoutKeys("--tp", "--ep"))
+        return stage_sizes
+
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
@@ -66,11 +78,11 @@ def to_megatron(
     impossible layout. `out` appears when it is complete, or not at all.
     """
     layout, out = layout or FileLayout(), Path(out).expanduser()
+    check_new(out)
     source = HfFolder(hf)
     source.check()
     shape = source.shape
-    stage_sizes = spread_layers(shape.num_layers, layout.pipeline)
-    check_layout(shape, layout.tensor, stage_sizes, str(source.path), layout.expert)
+    stage_sizes = layout.check(shape, str(source.path))
     padded = padded_vocab_size(shape.vocab_rows, layout.tensor)
     stages = list(_stages(source, stage_sizes, padded))
     if dtype is None:
@@ -139,8 +151,8 @@ def _report_not_finite(entry: Entry, source: HfFolder, dtype: torch.dtype | None
             )
         if dtype is not None and not tensor.to(dtype).isfinite().all():
             raise DataError(
-                f"{name} holds {float(tensor.abs().max()):.3g}, which {str(dtype).removeprefix('torch.')} "
-                "cannot hold; convert to bfloat16 or float32"
+                f"{source.path}: {name} holds {float(tensor.abs().max()):.3g}, which {dtype_name(dtype)} "
+                "cannot hold; convert to a dtype with a wider range"
             )
     raise AssertionError(f"{entry.hf} are finite")
 
@@ -153,8 +165,9 @@ def _check_dtypes(source: HfFolder, entries: Iterable[Entry]) -> None:
             other = first.setdefault(entry.key, name)
             if source.dtype(name) != source.dtype(other):
                 raise DataError(
-                    f"{source.path}: {name} is {source.dtype(name)} but {other} {source.dtype(other)}, which "
-                    "share a tensor in Megatron's checkpoints; choose one with --dtype"
+                    f"{source.path}: {name} is {dtype_name(source.dtype(name))} but {other} "
+                    f"{dtype_name(source.dtype(other))}, which share a tensor in Megatron's checkpoints; "
+                    "choose one with --dtype"
                 )
     source.close()
 

@@ -56,11 +56,12 @@ def test_token_ids_are_read_as_they_are(tmp_path, dtype):
     ("content", "said"),
     [
         (None, "cannot be read: No such file or directory"),
-        (b"garbage", "is not a NumPy file; expected one written by numpy.save"),
+        (b"", "is not a NumPy file of one array; expected one written by numpy.save"),
+        (b"garbage", "is not a NumPy file of one array; expected one written by numpy.save"),
         (np.zeros((2, 3)), "holds float64 (2, 3); expected token ids as integers [sequences, length]"),
         (np.zeros(3, dtype=np.int64), "holds int64 (3,); expected token ids as integers"),
         (np.zeros((0, 3), dtype=np.int64), "holds int64 (0, 3); expected token ids as integers"),
-        (np.array([[{}]], dtype=object), "is not a NumPy file; expected one written by"),
+        (np.array([[{}]], dtype=object), "is not a NumPy file of one array; expected one written by"),
     ],
 )
 def test_token_ids_that_are_none_are_refused(tmp_path, content, said):

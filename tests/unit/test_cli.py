@@ -348,10 +348,11 @@ def test_no_ranks_of_a_kind_are_wrong_use(run, words, name, value):
     assert (code, out) == (2, "") and one_line(err) == f"--{name} is {value}; expected 1 or more"
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "nan"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
 def test_files_without_a_size_are_wrong_use(run, value):
     code, out, err = run("convert", "to-hf", "--megatron", "c", "--out", "o", f"--max-shard-gb={value}")
-    assert (code, out) == (2, "") and one_line(err) == f"--max-shard-gb is {float(value)}; expected above 0"
+    assert (code, out) == (2, "")
+    assert one_line(err) == f"--max-shard-gb is {float(value)}; expected finite and above 0"
 
 
 @pytest.fixture

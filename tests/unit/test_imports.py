@@ -64,7 +64,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("evaluate", "controller", "preflight", "metrics", "scoring", "progress", "run_folder"),
     ),
     "launch": (*_BASE, "config", "trainer"),
-    "certificate": (*_BASE, "config", "environment", "convert", "backend", "launch", "__version__"),
+    "certificate": (*_BASE, "config", "data.jsonl", "environment", "convert", "backend", "launch"),
     "__main__": ("cli",),
 }
 ALLOWED["cli"] = tuple(ALLOWED)

@@ -19,7 +19,7 @@ def family_of(config: dict[str, Any], source: str) -> Family:
     """The family that reads this config.json; DataError with the supported architectures otherwise."""
     names = config.get("architectures") or []
     for family in FAMILIES:
-        if family.architecture in names:
+        if isinstance(names, list) and family.architecture in names:
             return family
     supported = ", ".join(family.architecture for family in FAMILIES)
     raise DataError(f"{source}: architectures is {names}; supported: {supported}")

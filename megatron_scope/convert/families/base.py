@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -144,31 +145,55 @@ def read_dense_shape(
     is None.
     """
     _refuse_unsupported(config, source)
-    rope = rope_settings(config)
-    try:
-        heads = config["num_attention_heads"]
-        return ModelShape(
-            num_layers=config["num_hidden_layers"],
-            hidden_size=config["hidden_size"],
-            ffn_hidden_size=config["intermediate_size"],
-            num_attention_heads=heads,
-            num_query_groups=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or default_head_dim or config["hidden_size"] // heads,
-            vocab_rows=config["vocab_size"],
-            max_positions=config["max_position_embeddings"],
-            norm_epsilon=config["rms_norm_eps"],
-            rope_theta=float(rope.get("rope_theta", DEFAULT_ROPE_THETA)),
-            rope_scaling=_rope_scaling(rope, source),
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=qkv_bias,
-            qk_norm=qk_norm,
-        )
-    except KeyError as missing:
+    rope = rope_settings(config, source)
+    heads = read_count(config, "num_attention_heads", source)
+    groups = read_count(config, "num_key_value_heads", source, default=heads)
+    if heads % groups:
         raise DataError(
-            f"{source}: {missing} is missing; expected a complete Hugging Face config.json"
-        ) from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise DataError(f"{source}: a size is not a positive number ({error}); copy the file again") from None
+            f"{source}: num_attention_heads is {heads}, which num_key_value_heads={groups} does not divide; "
+            "copy the file again"
+        )
+    hidden_size = read_count(config, "hidden_size", source)
+    return ModelShape(
+        num_layers=read_count(config, "num_hidden_layers", source),
+        hidden_size=hidden_size,
+        ffn_hidden_size=read_count(config, "intermediate_size", source),
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=read_count(config, "head_dim", source, default=default_head_dim or hidden_size // heads),
+        vocab_rows=read_count(config, "vocab_size", source),
+        max_positions=read_count(config, "max_position_embeddings", source),
+        norm_epsilon=_read_number(config, "rms_norm_eps", source),
+        rope_theta=_read_number(rope, "rope_theta", source, default=DEFAULT_ROPE_THETA),
+        rope_scaling=_rope_scaling(rope, source),
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
+    )
+
+
+def read_count(config: dict[str, Any], key: str, source: str, default: int | None = None) -> int:
+    """A positive whole number of config.json, or `default` where there is one and the key is missing or
+    null; DataError names what is wrong.
+    """
+    value = _read(config, key, source, default)
+    if type(value) is not int or value < 1:
+        raise DataError(f"{source}: {key} is {value!r}; expected a whole number of 1 or more")
+    return value
+
+
+def _read_number(config: dict[str, Any], key: str, source: str, default: float | None = None) -> float:
+    value = _read(config, key, source, default)
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise DataError(f"{source}: {key} is {value!r}; expected a number above 0")
+    return float(value)
+
+
+def _read(config: dict[str, Any], key: str, source: str, default: Any) -> Any:
+    value = config.get(key)
+    if value is None and default is None:
+        raise DataError(f"{source}: {key!r} is missing; expected a complete Hugging Face config.json")
+    return default if value is None else value
 
 
 def _refuse_unsupported(config: dict[str, Any], source: str) -> None:
@@ -176,7 +201,8 @@ def _refuse_unsupported(config: dict[str, Any], source: str) -> None:
         raise DataError(
             f"{source}: use_sliding_window is true; a window in some layers only is not supported"
         )
-    for kind in config.get("layer_types") or ():
+    kinds = config.get("layer_types") or []
+    for kind in kinds if isinstance(kinds, list) else [kinds]:
         if kind != "full_attention":
             raise DataError(f"{source}: layer_types has {kind!r}; supported: full_attention")
     if config.get("hidden_act", "silu") != "silu":
@@ -193,8 +219,8 @@ def _rope_scaling(rope: dict[str, Any], source: str) -> RopeScaling | None:
     if kind != "llama3":
         raise DataError(f"{source}: rope_type is {kind!r}; supported: default, llama3")
     return RopeScaling(
-        factor=rope["factor"],
-        low_freq_factor=rope["low_freq_factor"],
-        high_freq_factor=rope["high_freq_factor"],
-        original_max_positions=rope["original_max_position_embeddings"],
+        factor=_read_number(rope, "factor", source),
+        low_freq_factor=_read_number(rope, "low_freq_factor", source),
+        high_freq_factor=_read_number(rope, "high_freq_factor", source),
+        original_max_positions=read_count(rope, "original_max_position_embeddings", source),
     )

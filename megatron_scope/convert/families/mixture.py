@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_scope.convert.families.base import read_count
 from megatron_scope.convert.shape import Mixture
 from megatron_scope.errors import DataError
 
@@ -20,7 +21,7 @@ def read_mixture(config: dict[str, Any], source: str, *, ffn_key: str, normalize
     _refuse_dense_layers(config, source)
     experts_key = next((key for key in _NUM_EXPERTS if key in config), _NUM_EXPERTS[0])
     num_experts, per_token, ffn_hidden_size = (
-        _count(config, key, source) for key in (experts_key, "num_experts_per_tok", ffn_key)
+        read_count(config, key, source) for key in (experts_key, "num_experts_per_tok", ffn_key)
     )
     if per_token > num_experts:
         raise DataError(
@@ -45,12 +46,3 @@ def _refuse_dense_layers(config: dict[str, Any], source: str) -> None:
             f"{source}: decoder_sparse_step is {config['decoder_sparse_step']}; supported: 1, experts in "
             "every layer"
         )
-
-
-def _count(config: dict[str, Any], key: str, source: str) -> int:
-    if key not in config:
-        raise DataError(f"{source}: {key!r} is missing; expected a complete Hugging Face config.json")
-    value = config[key]
-    if not isinstance(value, int) or value < 1:
-        raise DataError(f"{source}: {key} is {value}; expected 1 or more")
-    return value

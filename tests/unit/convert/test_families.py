@@ -85,6 +85,34 @@ def test_a_missing_size_is_named(key):
     )
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"num_hidden_layers": "3"}, "num_hidden_layers is '3'; expected a whole number of 1 or more"),
+        ({"num_hidden_layers": 3.0}, "num_hidden_layers is 3.0; expected a whole number of 1 or more"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; expected a whole number of 1 or more"),
+        ({"hidden_size": -12}, "hidden_size is -12; expected a whole number of 1 or more"),
+        ({"vocab_size": True}, "vocab_size is True; expected a whole number of 1 or more"),
+        ({"head_dim": 0}, "head_dim is 0; expected a whole number of 1 or more"),
+        ({"max_position_embeddings": "64"}, "max_position_embeddings is '64'; expected a whole number of"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'; expected a number above 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; expected a number above 0"),
+        ({"rope_theta": "1e4"}, "rope_theta is '1e4'; expected a number above 0"),
+        ({"rope_scaling": "x"}, "the rotary settings are 'x'; expected an object with rope_type"),
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads is 4, which num_key_value_heads=3 does not divide; copy the file again",
+        ),
+        ({"layer_types": 5}, "layer_types has 5; supported: full_attention"),
+        ({"architectures": 5}, "architectures is 5; supported: LlamaForCausalLM"),
+    ],
+)
+def test_a_setting_of_another_kind_is_named(changes, problem):
+    with pytest.raises(DataError) as raised:
+        read({**CONFIG, **changes})
+    assert str(raised.value).startswith(f"m/config.json: {problem}")
+
+
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,

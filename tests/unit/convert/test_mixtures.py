@@ -82,7 +82,7 @@ def test_a_window_that_is_no_count_is_refused(window):
         ({"mlp_only_layers": [0]}, "mlp_only_layers is [0]; supported: experts in every layer"),
         ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2; supported: 1, experts in every layer"),
         ({"num_experts": None}, "'num_experts' is missing; expected a complete Hugging Face config.json"),
-        ({"num_experts": 0}, "num_experts is 0; expected 1 or more"),
+        ({"num_experts": 0}, "num_experts is 0; expected a whole number of 1 or more"),
         ({"moe_intermediate_size": None}, "'moe_intermediate_size' is missing; expected a complete"),
         ({"num_experts_per_tok": 7}, "num_experts_per_tok is 7 but num_experts 6; copy the file again"),
         (

@@ -192,5 +192,5 @@ def test_rescaled_frequencies_have_the_bits_of_transformers(scaling, head_dim):
 )
 def test_rotary_settings_are_read_from_old_and_new_configs(config, expected):
     before = str(config)
-    assert rope_settings(config) == expected
+    assert rope_settings(config, "config.json") == expected
     assert str(config) == before

@@ -177,7 +177,10 @@ def test_every_tensor_with_a_nan_is_named(tmp_path, out):
 def test_a_number_that_the_dtype_cannot_hold_is_refused(tmp_path, out):
     megatron = change(tmp_path, "decoder.final_layernorm.weight", with_number(70000.0))
     message = refuse(megatron, out, dtype=torch.float16)
-    assert "decoder.final_layernorm.weight (for model.norm.weight) holds numbers too large for" in message
+    assert (
+        "decoder.final_layernorm.weight (for model.norm.weight) holds numbers that float16 cannot hold"
+        in message
+    )
     to_hf.to_hf(megatron, out, dtype=torch.bfloat16)
 
 

@@ -191,8 +191,8 @@ def test_a_number_that_the_dtype_cannot_hold_is_refused(tmp_path, out):
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = -70000.0
     hf = write_folder(tmp_path / "hf", weights=weights)
     assert refuse(hf, out, dtype=torch.float16) == (
-        "model.layers.1.mlp.up_proj.weight holds 7e+04, which float16 cannot hold; convert to bfloat16 or "
-        "float32"
+        f"{hf}: model.layers.1.mlp.up_proj.weight holds 7e+04, which float16 cannot hold; convert to a dtype "
+        "with a wider range"
     )
     convert(hf, out, dtype=torch.bfloat16)
 
@@ -203,7 +203,7 @@ def test_layers_of_different_dtypes_are_refused_unless_one_is_chosen(tmp_path, o
     weights[name] = weights[name].bfloat16()
     hf = write_folder(tmp_path / "hf", weights=weights)
     assert refuse(hf, out) == (
-        f"{hf}: {name} is torch.bfloat16 but model.layers.0.mlp.down_proj.weight torch.float32, which share "
+        f"{hf}: {name} is bfloat16 but model.layers.0.mlp.down_proj.weight float32, which share "
         "a tensor in Megatron's checkpoints; choose one with --dtype"
     )
     convert(hf, out, dtype=torch.float32)
@@ -215,9 +215,7 @@ def test_projections_of_different_dtypes_are_refused(tmp_path, out):
         name = f"model.layers.{layer}.self_attn.k_proj.weight"
         weights[name] = weights[name].half()
     message = refuse(write_folder(tmp_path / "hf", weights=weights), out)
-    assert (
-        "k_proj.weight is torch.float16 but model.layers.0.self_attn.q_proj.weight torch.float32" in message
-    )
+    assert "k_proj.weight is float16 but model.layers.0.self_attn.q_proj.weight float32" in message
 
 
 def test_norms_may_have_a_dtype_of_their_own(tmp_path, out):
@@ -334,9 +332,9 @@ def test_an_index_and_files_that_disagree_are_refused(tmp_path, out, damage):
 @pytest.mark.parametrize(
     ("config", "layout", "said"),
     [
-        (CONFIG, FileLayout(tensor=4), "parallel.tensor is 4 but "),
-        (CONFIG, FileLayout(tensor=3), "parallel.tensor is 3 but "),
-        (CONFIG, FileLayout(expert=2), "parallel.expert is 2 but "),
+        (CONFIG, FileLayout(tensor=4), "--tp is 4 but "),
+        (CONFIG, FileLayout(tensor=3), "--tp is 3 but "),
+        (CONFIG, FileLayout(expert=2), "--ep is 2 but "),
         (QWEN3_MOE, FileLayout(expert=4), "6 experts, which 4 does not divide"),
     ],
 )
