@@ -1,4 +1,4 @@
-"""Tiny random models with a character tokenizer, as Hugging Face folders."""
+"""Tiny random models of odd sizes with a character tokenizer, as Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -49,142 +49,75 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
+_SIZES: dict[str, Any] = {
+    "hidden_size": 22,
+    "intermediate_size": 38,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "eos_token_id": CHARACTERS.index(END),
+}
+_HEADS = {"head_dim": 10}  # unlike hidden / heads
+
+
 def save_qwen2(folder: Path, *, seed: int = 0, rows: int = VOCAB_SIZE, **sizes: Any) -> Path:
-    """A Qwen2 with random biases, odd sizes and a tokenizer."""
-    config = Qwen2Config(
-        **{
-            "vocab_size": rows,
-            "hidden_size": 24,
-            "intermediate_size": 40,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 256,
-            "tie_word_embeddings": True,
-            "eos_token_id": CHARACTERS.index(END),
-            **sizes,
-        }
-    )
-    return _save(Qwen2ForCausalLM, config, folder, seed)
+    """A Qwen2 with random biases, odd sizes and a tokenizer; its output table is tied."""
+    own = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "tie_word_embeddings": True}
+    return _save(Qwen2Config, Qwen2ForCausalLM, folder, seed, {"vocab_size": rows, **own, **sizes})
 
 
 def save_qwen3(folder: Path, *, seed: int = 0, rows: int = VOCAB_SIZE, **sizes: Any) -> Path:
-    """A Qwen3 with norms on its query and key heads, head_dim unlike hidden / heads, untied output table."""
-    config = Qwen3Config(
-        **{
-            "vocab_size": rows,
-            "hidden_size": 22,
-            "intermediate_size": 38,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 10,
-            "max_position_embeddings": 256,
-            "tie_word_embeddings": False,
-            "eos_token_id": CHARACTERS.index(END),
-            **sizes,
-        }
-    )
-    return _save(Qwen3ForCausalLM, config, folder, seed)
+    """A Qwen3 with norms on its query and key heads."""
+    return _save(Qwen3Config, Qwen3ForCausalLM, folder, seed, {"vocab_size": rows, **_HEADS, **sizes})
 
 
 def save_llama(folder: Path, *, seed: int = 0, rows: int = VOCAB_SIZE, **sizes: Any) -> Path:
-    """A Llama with head_dim unlike hidden / heads, Llama-3 rope scaling, untied output table."""
-    config = LlamaConfig(
-        **{
-            "vocab_size": rows,
-            "hidden_size": 24,
-            "intermediate_size": 40,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 10,
-            "max_position_embeddings": 256,
-            "tie_word_embeddings": False,
-            "eos_token_id": CHARACTERS.index(END),
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 10000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 32,
-            },
-            **sizes,
-        }
-    )
-    return _save(LlamaForCausalLM, config, folder, seed)
+    """A Llama with Llama-3 rope scaling."""
+    own = {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    }
+    return _save(LlamaConfig, LlamaForCausalLM, folder, seed, {"vocab_size": rows, **_HEADS, **own, **sizes})
 
 
 def save_mistral(folder: Path, *, seed: int = 0, rows: int = VOCAB_SIZE, **sizes: Any) -> Path:
-    """A Mistral whose tokens see five, head_dim unlike hidden / heads, untied output table."""
-    config = MistralConfig(
-        **{
-            "vocab_size": rows,
-            "hidden_size": 22,
-            "intermediate_size": 38,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 10,
-            "sliding_window": 5,
-            "max_position_embeddings": 256,
-            "tie_word_embeddings": False,
-            "eos_token_id": CHARACTERS.index(END),
-            **sizes,
-        }
+    """A Mistral whose tokens see five."""
+    own = {"sliding_window": 5}
+    return _save(
+        MistralConfig, MistralForCausalLM, folder, seed, {"vocab_size": rows, **_HEADS, **own, **sizes}
     )
-    return _save(MistralForCausalLM, config, folder, seed)
 
 
 def save_qwen3_moe(folder: Path, *, seed: int = 0, rows: int = VOCAB_SIZE, **sizes: Any) -> Path:
-    """A Qwen3-MoE of six experts, two of them for each token with weights as the router gives them, head_dim
-    unlike hidden / heads, untied output table.
-    """
-    config = Qwen3MoeConfig(
-        **{
-            "vocab_size": rows,
-            "hidden_size": 22,
-            "intermediate_size": 38,
-            "moe_intermediate_size": 13,
-            "num_experts": 6,
-            "num_experts_per_tok": 2,
-            "norm_topk_prob": False,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 10,
-            "max_position_embeddings": 256,
-            "tie_word_embeddings": False,
-            "eos_token_id": CHARACTERS.index(END),
-            **sizes,
-        }
+    """A Qwen3-MoE of six experts, two of them for each token with weights as the router gives them."""
+    own = {"moe_intermediate_size": 13, "num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": False}
+    return _save(
+        Qwen3MoeConfig, Qwen3MoeForCausalLM, folder, seed, {"vocab_size": rows, **_HEADS, **own, **sizes}
     )
-    return _save(Qwen3MoeForCausalLM, config, folder, seed)
 
 
 def save_mixtral(folder: Path, *, seed: int = 0, rows: int = VOCAB_SIZE, **sizes: Any) -> Path:
-    """A Mixtral of four experts, two of them for each token, head_dim unlike hidden / heads, untied output
-    table.
-    """
-    config = MixtralConfig(
-        **{
-            "vocab_size": rows,
-            "hidden_size": 24,
-            "intermediate_size": 19,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 10,
-            "max_position_embeddings": 256,
-            "tie_word_embeddings": False,
-            "eos_token_id": CHARACTERS.index(END),
-            **sizes,
-        }
+    """A Mixtral of four experts, two of them for each token."""
+    own = {
+        "hidden_size": 24,
+        "intermediate_size": 19,
+        "num_hidden_layers": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    return _save(
+        MixtralConfig, MixtralForCausalLM, folder, seed, {"vocab_size": rows, **_HEADS, **own, **sizes}
     )
-    return _save(MixtralForCausalLM, config, folder, seed)
 
 
 def as_written(model: Any, tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
@@ -199,7 +132,8 @@ def as_written(model: Any, tensors: dict[str, torch.Tensor], folder: Path) -> di
     return read_weights(folder)
 
 
-def _save(kind: Any, config: Any, folder: Path, seed: int) -> Path:
+def _save(config_kind: Any, kind: Any, folder: Path, seed: int, sizes: dict[str, Any]) -> Path:
+    config = config_kind(**{**_SIZES, **sizes})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = kind(config).float()
