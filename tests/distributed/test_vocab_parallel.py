@@ -56,3 +56,33 @@ def test_all_ranks_hold_the_same_bits(pool, num_ranks):
     results = pool(num_ranks).run("tests.helpers.jobs:vocab_parallel_stats", *arguments)
     for stats, _ in results[1:]:
         assert all(torch.equal(mine, first) for mine, first in zip(stats, results[0][0], strict=True))
+
+
+@pytest.mark.parametrize("columns", SHARDS.values(), ids=SHARDS.keys())
+def test_the_jensen_shannon_divergence_of_shards_equals_the_wholes(pool, columns):
+    vocab_size = 11 if len(columns) > 1 else 13
+    student, teacher = 3 * torch.randn(2, 6, 13, generator=torch.Generator().manual_seed(0)).double()
+    teacher[:, vocab_size:] = float("-inf")
+    settings = {"teacher_weight": 0.3, "temperature": 0.7}
+    results = pool(len(columns)).run(
+        "tests.helpers.jobs:jensen_shannon", student, teacher, columns, vocab_size, settings
+    )
+    whole = student[:, :vocab_size].clone().requires_grad_()
+    expected = reference.jensen_shannon(whole, teacher[:, :vocab_size], **settings)
+    expected.sum().backward()
+    for jsd, _ in results:
+        torch.testing.assert_close(jsd, expected.detach(), atol=1e-13, rtol=1e-12)
+        assert torch.equal(jsd, results[0][0])
+    gradient = torch.cat([grad for _, grad in results], dim=1)
+    torch.testing.assert_close(gradient[:, :vocab_size], whole.grad, atol=1e-13, rtol=1e-12)
+    assert not gradient[:, vocab_size:].any()
+
+
+def test_the_forward_pass_makes_one_all_gather_and_the_backward_pass_none(pool):
+    for forward, backward in pool(2).run("tests.helpers.jobs:vocab_parallel_collectives", [5, 3]):
+        assert forward == {"all_gather": 1} and backward == {}
+
+
+def test_a_group_without_this_rank_is_refused(pool):
+    _, message = pool(2).run("tests.helpers.jobs:error_of_a_group_without_this_rank")
+    assert message == "rank 1 is not in group [0]; pass this rank's own tensor-parallel group"

@@ -5,6 +5,7 @@ results.
 from __future__ import annotations
 
 import contextlib
+import unittest.mock
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,42 @@ def vocab_parallel_stats(
         return [None if value is None else value.detach() for value in stats], mine.grad
 
 
+def vocab_parallel_collectives(columns: list[int]) -> tuple[dict[str, int], dict[str, int]]:
+    """The collectives that distill_stats makes forward and backward, with and without tokens."""
+    from megatron_scope.kernels.vocab_parallel import distill_stats
+
+    with layout(ParallelConfig(tensor=len(columns))) as ranks:
+        student, teacher = torch.randn(2, 5, columns[ranks.tensor_rank])
+        student.requires_grad_()
+        with counted_collectives() as counts:
+            stats = distill_stats(
+                student,
+                teacher,
+                torch.zeros(5, dtype=torch.long),
+                group=ranks.tensor_group,
+                vocab_start=sum(columns[: ranks.tensor_rank]),
+            )
+            forward = dict(counts)
+            counts.clear()
+            (stats.logprob + stats.reverse_kl + stats.forward_kl + stats.entropy).sum().backward()
+        return forward, dict(counts)
+
+
+def error_of_a_group_without_this_rank() -> str:
+    """What every rank but the first is told when it passes a group of the first alone."""
+    from megatron_scope.kernels.vocab_parallel import distill_stats
+
+    with layout(ParallelConfig(tensor=2)) as ranks:
+        group = dist.new_group([0])
+        if ranks.rank == 0:
+            return ""
+        try:
+            distill_stats(torch.zeros(1, 4), None, torch.zeros(1, dtype=torch.long), group=group)
+        except ValueError as error:
+            return str(error)
+        return "no error"
+
+
 def saved_gradients(path: str) -> dict[str, torch.Tensor]:
     """The gradient that run.dump_gradients wrote."""
     from safetensors.torch import load_file
@@ -206,3 +243,102 @@ def look_at_the_hosted_process(folder: str) -> dict[str, Any]:
         ),
         "hosting twice changes nothing": zeros is torch.zeros,
     }
+
+
+def jensen_shannon(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    columns: list[int],
+    vocab_size: int,
+    settings: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """jensen_shannon on shards of the given widths, and this rank's shard of the gradient of its sum."""
+    from megatron_scope.kernels import vocab_parallel
+
+    with layout(ParallelConfig(tensor=len(columns))) as ranks:
+        start = sum(columns[: ranks.tensor_rank])
+        shard = slice(start, start + columns[ranks.tensor_rank])
+        mine = student[:, shard].clone().requires_grad_()
+        jsd = vocab_parallel.jensen_shannon(
+            mine,
+            teacher[:, shard].clone(),
+            group=ranks.tensor_group,
+            vocab_start=start,
+            vocab_size=vocab_size,
+            **settings,
+        )
+        jsd.sum().backward()
+        assert mine.grad is not None
+        return jsd.detach(), mine.grad
+
+
+def fused_loss(
+    inputs: tuple[torch.Tensor | None, ...],
+    coefficients: Any,
+    rows: list[int],
+    settings: dict[str, Any],
+    sequence: dict[str, list[int]] | None = None,
+) -> dict[str, Any]:
+    """distill_loss with output tables sharded into the given numbers of rows; `sequence` says how many rows
+    of each model's hidden states the ranks hold. Returns loss, statistics, this rank's gradients and the
+    number of each collective that the forward and the backward pass made.
+    """
+    from megatron_scope.kernels.fused_linear import distill_loss
+
+    student_hidden, student_weight, teacher_hidden, teacher_weight, targets = inputs
+    assert student_hidden is not None and student_weight is not None
+    with layout(ParallelConfig(tensor=len(rows))) as ranks:
+
+        def part(whole: torch.Tensor | None, counts: list[int] | None) -> torch.Tensor | None:
+            if whole is None or counts is None:
+                return whole
+            start = sum(counts[: ranks.tensor_rank])
+            return whole[start : start + counts[ranks.tensor_rank]].clone()
+
+        sequence = sequence or {}
+        hidden = part(student_hidden, sequence.get("student"))
+        weight = part(student_weight, rows)
+        assert hidden is not None and weight is not None
+        hidden.requires_grad_()
+        weight.requires_grad_()
+        with counted_collectives() as counts:
+            loss, stats = distill_loss(
+                hidden,
+                weight,
+                part(teacher_hidden, sequence.get("teacher")),
+                part(teacher_weight, rows),
+                targets,
+                coefficients,
+                group=ranks.tensor_group,
+                vocab_start=sum(rows[: ranks.tensor_rank]),
+                sequence_parallel=bool(sequence),
+                **settings,
+            )
+            forward = dict(counts)
+            counts.clear()
+            loss.backward()
+        return {
+            "loss": loss.detach(),
+            "stats": tuple(stats[:6]),
+            "hidden_grad": hidden.grad,
+            "weight_grad": weight.grad,
+            "forward": forward,
+            "backward": dict(counts),
+        }
+
+
+@contextlib.contextmanager
+def counted_collectives() -> Iterator[dict[str, int]]:
+    """How often each collective of torch.distributed that the kernels use is called."""
+    names = ("all_gather", "all_gather_into_tensor", "all_reduce", "reduce_scatter", "reduce_scatter_tensor")
+    counts: dict[str, int] = {}
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            collective = getattr(dist, name)
+
+            def counted(*args: Any, _name: str = name, _collective: Any = collective, **kwargs: Any) -> Any:
+                counts[_name] = counts.get(_name, 0) + 1
+                return _collective(*args, **kwargs)
+
+            stack.enter_context(unittest.mock.patch.object(dist, name, counted))
+        yield counts

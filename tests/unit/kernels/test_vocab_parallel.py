@@ -1,4 +1,4 @@
-"""`distill_stats` on one rank and on simulated shards, against the float64 reference.
+"""`distill_stats` on one rank, against the float64 reference.
 
 Letters: T tokens, V vocabulary, z student and teacher logits, y targets.
 """
@@ -8,49 +8,9 @@ import math
 import pytest
 import torch
 
-from megatron_scope.kernels import reference, vocab_parallel
-from megatron_scope.kernels.vocab_parallel import DistillStats, distill_stats
-
-INF = math.inf
-DIFFERENTIABLE = ("logprob", "reverse_kl", "forward_kl", "entropy")
-FIELDS = DistillStats._fields
-
-
-def make(num_tokens=6, vocab=11, *, dtype=torch.float64, scale=3.0, seed=0):
-    """Random student and teacher logits [T, V] and targets [T]."""
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = (
-        (torch.randn(num_tokens, vocab, generator=generator, dtype=torch.float64) * scale).to(dtype)
-        for _ in range(2)
-    )
-    return student, teacher, torch.randint(0, vocab, (num_tokens,), generator=generator)
-
-
-def gradient(stats_of, student, factors):
-    """d sum_f sum_t factor_f,t * f_t / d student; `factors` by field name."""
-    student = student.detach().clone().requires_grad_(True)
-    stats = stats_of(student)
-    total = sum(
-        (getattr(stats, name) * factor.to(getattr(stats, name))).sum() for name, factor in factors.items()
-    )
-    (grad,) = torch.autograd.grad(total, student)
-    return grad
-
-
-def mixed_factors(num_tokens, names=DIFFERENTIABLE, seed=7):
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(num_tokens, generator=generator, dtype=torch.float64) for name in names}
-
-
-def check_stats(actual, expected, **tolerance):
-    for name in FIELDS:
-        ours, exact = getattr(actual, name), getattr(expected, name)
-        assert (ours is None) == (exact is None), name
-        if exact is not None:
-            torch.testing.assert_close(
-                ours.double(), exact.double(), msg=lambda m, n=name: f"{n}: {m}", **tolerance
-            )
-
+from megatron_scope.kernels import reference, tiles
+from megatron_scope.kernels.vocab_parallel import distill_stats
+from tests.unit.kernels.logits import DIFFERENTIABLE, FIELDS, INF, check_stats, gradient, make, mixed_factors
 
 # ---- the reference itself
 
@@ -199,6 +159,7 @@ def test_the_layout_of_the_logits_in_memory_does_not_matter():
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_the_callers_tensors_are_never_modified(dtype, temperature):
     student, teacher, targets = make(dtype=dtype)
+    targets = targets % 9
     before = student.clone(), teacher.clone(), targets.clone()
     leaf = student.requires_grad_(True)
     stats = distill_stats(leaf, teacher, targets, vocab_size=9, temperature=temperature)
@@ -376,7 +337,7 @@ def test_a_column_that_only_the_teacher_excludes_spoils_reverse_kl_alone(names):
 @pytest.mark.parametrize("with_teacher", [True, False])
 def test_the_size_of_the_tiles_does_not_change_the_result(monkeypatch, tile_elements, with_teacher):
     student, teacher, targets = make(6, 11, dtype=torch.float32)
-    teacher = teacher if with_teacher else None
+    teacher, targets = teacher if with_teacher else None, targets % 10
     factors = mixed_factors(6, DIFFERENTIABLE if with_teacher else ("logprob", "entropy"))
 
     def everything():
@@ -385,7 +346,7 @@ def test_the_size_of_the_tiles_does_not_change_the_result(monkeypatch, tile_elem
         return [value for value in stats if value is not None] + [grad]
 
     whole = everything()
-    monkeypatch.setattr(vocab_parallel, "TILE_ELEMENTS", tile_elements)
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", tile_elements)
     for tiled, expected in zip(everything(), whole, strict=True):
         torch.testing.assert_close(tiled, expected, rtol=0, atol=1e-6)
 
@@ -414,7 +375,7 @@ def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"student_logits has shape \(11,\); expected \[T, V_local\]"):
         distill_stats(student[0], None, targets)
     with pytest.raises(
-        ValueError, match=r"teacher_logits has shape \(6, 10\) but student_logits \(6, 11\); build both"
+        ValueError, match="teacher_logits covers 10 token ids but student_logits 11; build both models"
     ):
         distill_stats(student, teacher[:, :10], targets)
     with pytest.raises(ValueError, match=r"targets has shape \(5,\); expected \[6\]"):
@@ -430,159 +391,28 @@ def test_a_temperature_that_is_not_positive_is_refused(temperature):
         distill_stats(student, teacher, targets, temperature=temperature)
 
 
-# ---- simulated shards
+def test_targets_outside_the_vocabulary_are_refused():
+    student, teacher, targets = make(6, 11)
+    with pytest.raises(ValueError, match=r"targets has ids from .* to 11; .* in \[0, vocab_size=11\)"):
+        distill_stats(student, teacher, targets.clone().fill_(11), vocab_size=11)
+    with pytest.raises(ValueError, match="targets has ids from -1 to -1; expected global ids of 0 or more"):
+        distill_stats(student, teacher, targets.clone().fill_(-1))
+    with pytest.raises(ValueError, match=r"targets has dtype torch\.int32; expected torch\.int64"):
+        distill_stats(student, teacher, targets.int())
 
 
-def sharded(student, teacher, targets, widths, *, vocab_size=None, temperature=1.0):
-    """Joined statistics [T, 4 or 9] of consecutive shards, as every rank would have them."""
-    total = sum(widths)
-    assert total == student.shape[1]
-    parts, start = [], 0
-    for width in widths:
-        valid = max(0, min((total if vocab_size is None else vocab_size) - start, width))
-        columns = slice(start, start + width)
-        part = vocab_parallel._local_statistics(
-            student[:, columns],
-            None if teacher is None else teacher[:, columns],
-            targets,
-            start,
-            valid,
-            temperature,
-            student.dtype,
-        )
-        parts.append(part)
-        start += width
-    return vocab_parallel._combine(torch.stack(parts), temperature)
+def test_a_target_that_no_shard_holds_has_no_probability():
+    student, teacher, targets = make(6, 11)
+    stats = distill_stats(student, teacher, targets, vocab_start=11)
+    assert (stats.logprob == -INF).all() and (stats.teacher_logprob == -INF).all()
 
 
-def as_stats(joined, temperature=1.0):
-    """The definitions of KERNEL's fields, spelt out once more."""
-    m_s, total_s, moment, y_s = joined[:, :4].unbind(1)
-    logprob, entropy = (y_s - m_s) / temperature - total_s.log(), total_s.log() - moment / total_s
-    if joined.shape[1] == 4:
-        return DistillStats(logprob, None, None, None, entropy)
-    cross, m_t, total_t, cross_t, y_t = joined[:, 4:].unbind(1)
-    return DistillStats(
-        logprob,
-        (y_t - m_t) / temperature - total_t.log(),
-        cross / total_s - total_s.log() + total_t.log(),
-        cross_t / total_t - total_t.log() + total_s.log(),
-        entropy,
-    )
+# ---- tables of different length
 
 
-WIDTHS = [
-    (12,),
-    (6, 6),
-    (1, 11),
-    (11, 1),
-    (4, 4, 4),
-    (3, 3, 3, 3),
-    (0, 12),
-    (12, 0),
-    (5, 0, 7),
-    (0, 0, 6, 6),
-    (1, 1, 9, 1),
-]
-
-
-@pytest.mark.parametrize("widths", WIDTHS, ids=str)
-@pytest.mark.parametrize("with_teacher", [True, False])
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_shards_join_to_the_statistics_of_the_whole(widths, with_teacher, temperature):
-    student, teacher, targets = make(9, 12, scale=5.0)
-    teacher = teacher if with_teacher else None
-    joined = sharded(student, teacher, targets, widths, temperature=temperature)
-    exact = reference.distill_stats(student, teacher, targets, temperature=temperature)
-    check_stats(as_stats(joined, temperature), exact, rtol=1e-12, atol=1e-13)
-
-
-@pytest.mark.parametrize("vocab_size", [1, 3, 4, 7, 8, 9, 12])
-@pytest.mark.parametrize("filling", [0.0, -INF, math.nan])
-def test_shards_that_are_partly_or_wholly_padding_join_to_the_valid_vocabulary(vocab_size, filling):
-    student, teacher, targets = make(9, 12)
-    targets = targets % vocab_size
-    student[:, vocab_size:], teacher[:, vocab_size:] = filling, filling
-    joined = sharded(student, teacher, targets, (4, 4, 4), vocab_size=vocab_size)
-    exact = reference.distill_stats(student[:, :vocab_size], teacher[:, :vocab_size], targets)
-    check_stats(as_stats(joined), exact, rtol=1e-12, atol=1e-13)
-
-
-@pytest.mark.parametrize("widths", WIDTHS, ids=str)
-def test_every_order_of_magnitude_between_shards_joins_in_float32(widths):
-    """Shards whose maxima lie far apart: the smaller one underflows and must vanish without a trace."""
-    student, teacher, targets = make(9, 12, dtype=torch.float32)
-    student[:, :6] += 200
-    teacher[:, 6:] += 200
-    student[4:, 6:] -= 300
-    exact = reference.distill_stats(student, teacher, targets)
-    check_stats(as_stats(sharded(student, teacher, targets, widths)), exact, rtol=2e-6, atol=5e-5)
-
-
-@pytest.mark.parametrize("side", ["student", "teacher", "both"])
-@pytest.mark.parametrize("widths", [(12,), (4, 4, 4), (3, 3, 3, 3), (6, 0, 6)], ids=str)
-def test_a_shard_without_any_probability_joins_like_any_other(side, widths):
-    """All valid logits of columns 0-3 are -inf, which for (4, 4, 4) and (3, 3, 3, 3) is a whole shard."""
-    student, teacher, targets = make(9, 12)
-    targets = targets % 8 + 4
-    if side in ("student", "both"):
-        student[:, :4] = -INF
-    if side in ("teacher", "both"):
-        teacher[:, :4] = -INF
-    stats = as_stats(sharded(student, teacher, targets, widths))
-    low_student, low_teacher = (torch.where(z == -INF, -600.0, z) for z in (student, teacher))
-    exact = reference.distill_stats(low_student, low_teacher, targets)
-    infinite = torch.full((9,), INF, dtype=torch.float64)
-    check_stats(
-        stats,
-        exact._replace(
-            reverse_kl=infinite if side == "teacher" else exact.reverse_kl,
-            forward_kl=infinite if side == "student" else exact.forward_kl,
-        ),
-        rtol=1e-11,
-        atol=1e-13,
-    )
-
-
-def test_an_infinite_ratio_where_no_probability_is_left_contributes_nothing_in_shards_either():
-    """Columns 0-3 hold no student probability in float32; what the teacher excludes there costs nothing."""
-    student, teacher, targets = make(9, 12, dtype=torch.float32)
-    targets = targets % 8 + 4
-    student[:, :4] -= 500
-    teacher[:, 2] = -INF
-    whole = distill_stats(student, teacher, targets)
-    assert whole.reverse_kl.isfinite().all()
-    check_stats(as_stats(sharded(student, teacher, targets, (4, 4, 4))), whole, rtol=2e-6, atol=5e-5)
-    swapped = distill_stats(teacher, student, targets)
-    assert swapped.forward_kl.isfinite().all()
-    check_stats(as_stats(sharded(teacher, student, targets, (4, 4, 4))), swapped, rtol=2e-6, atol=5e-5)
-
-
-def test_joining_does_not_change_its_input():
-    student, teacher, targets = make(9, 12)
-    parts = torch.stack(
-        [
-            vocab_parallel._local_statistics(
-                student[:, s : s + 6], teacher[:, s : s + 6], targets, s, 6, 1.0, torch.float64
-            )
-            for s in (0, 6)
-        ]
-    )
-    before = parts.clone()
-    vocab_parallel._combine(parts)
-    assert torch.equal(parts, before)
-
-
-def test_a_target_counts_once_whichever_shard_owns_it():
-    student, teacher, _ = make(12, 12)
-    targets = torch.arange(12)
-    whole = sharded(student, teacher, targets, (12,))
-    joined = sharded(student, teacher, targets, (5, 0, 3, 4))
-    assert torch.equal(joined[:, 3], student.diagonal()) and torch.equal(joined[:, 8], teacher.diagonal())
-    assert torch.equal(whole[:, 3], joined[:, 3])
-
-
-def test_no_tokens_join_to_no_tokens():
-    student, teacher, targets = make(0, 12)
-    assert sharded(student, teacher, targets, (4, 4, 4)).shape == (0, 9)
-    assert sharded(student, None, targets, (4, 4, 4)).shape == (0, 4)
+@pytest.mark.parametrize("columns", [(11, 14), (14, 11), (12, 14)])
+def test_on_one_rank_logits_of_different_length_share_the_smaller_vocabulary(columns):
+    student, teacher, targets = make(6, 14)
+    wide = student[:, : columns[0]], teacher[:, : columns[1]]
+    stats = distill_stats(*wide, targets % 11, vocab_size=11)
+    check_stats(stats, distill_stats(student[:, :11], teacher[:, :11], targets % 11), rtol=0, atol=0)
