@@ -56,6 +56,7 @@ def step_metrics(
         "loss": stats.loss,
         "nll_correct": stats.nll_correct,
         "kl_incorrect": stats.kl_incorrect,
+        "divergence_incorrect": stats.divergence_incorrect,
         "kl_correct": stats.kl_correct,
         "kl_reference": stats.kl_reference,
         "stop_log_ratio": stats.stop_log_ratio,

@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from megatron_scope.backend.hidden_states import HiddenStates
 from megatron_scope.backend.model import StageModel
 from megatron_scope.backend.scoring import KnownLogprobs, TokenLogprobs, mean_logprobs, score
 from megatron_scope.backend.setup import Ranks
+from megatron_scope.backend.token_loss import TeacherStates
 from megatron_scope.config import Config
 from megatron_scope.config.needs import needs_old_logprobs
+from megatron_scope.config.schema import Divergence
 from megatron_scope.errors import ScoringError
 from megatron_scope.objective import Objective
 from megatron_scope.records import MicroBatch, Response, ResponseTable
@@ -55,9 +58,14 @@ class Scorer:
         everybody = np.ones(len(table), dtype=bool)
 
         def scored(
-            name: str, stage: StageModel | None, mask: np.ndarray, temperature: float
+            name: str,
+            stage: StageModel | None,
+            mask: np.ndarray,
+            temperature: float,
+            states: TeacherStates | None = None,
         ) -> tuple[TokenLogprobs, np.ndarray]:
-            tokens = self.token_logprobs(stage, responses, mask, temperature)
+            keep = states.hidden if states else None
+            tokens = self.token_logprobs(stage, responses, mask, temperature, keep)
             mean = mean_logprobs(tokens, len(table), self.ranks)
             _check_finite(name, mean, mask, names)
             return tokens, mean
@@ -65,8 +73,9 @@ class Scorer:
         student, student_mean = scored(
             "student", self.student, everybody if keeps_old else for_weights, settings.student_temperature
         )
+        states = self._teacher_states()
         teacher, teacher_mean = scored(
-            "teacher", self.teacher, objective.teacher_scored(table), settings.teacher_temperature
+            "teacher", self.teacher, objective.teacher_scored(table), settings.teacher_temperature, states
         )
         reference, _ = scored(
             "initial student",
@@ -77,18 +86,34 @@ class Scorer:
         return Scores(
             np.where(for_weights, student_mean, np.nan),
             teacher_mean,
-            KnownLogprobs(teacher, reference, student if keeps_old else None),
+            KnownLogprobs(teacher, reference, student if keeps_old else None, states),
         )
 
+    def _teacher_states(self) -> TeacherStates | None:
+        """Room for the teacher's hidden states, where an exact divergence will read them."""
+        settings = self.config.objective
+        if self.teacher is None or settings.divergence is Divergence.SAMPLED:
+            return None
+        hidden = HiddenStates(self.ranks, int(self.config.teacher.hidden_states_gb * 1e9))
+        scale = settings.student_temperature / settings.teacher_temperature
+        return TeacherStates(self.teacher, hidden, settings.divergence, scale)
+
     def token_logprobs(
-        self, stage: StageModel | None, responses: Sequence[Response], mask: np.ndarray, temperature: float
+        self,
+        stage: StageModel | None,
+        responses: Sequence[Response],
+        mask: np.ndarray,
+        temperature: float,
+        keep: HiddenStates | None = None,
     ) -> TokenLogprobs:
-        """A model's log-probs of the responses in `mask`, bool [N]; nothing without a model."""
+        """A model's log-probs of the responses in `mask`, bool [N]; nothing without a model. `keep` takes its
+        hidden states.
+        """
         if stage is None:
             return TokenLogprobs({})
         chosen = [response for response in responses if mask[response.index]]
         stop = self.config.teacher.stop_token_id if stage is self.teacher else None
-        return score(stage, self.pack(chosen), self.ranks, temperature, stop_token_id=stop)
+        return score(stage, self.pack(chosen), self.ranks, temperature, stop_token_id=stop, keep=keep)
 
 
 def _check_finite(model: str, mean: np.ndarray, mask: np.ndarray, names: Sequence[str] | None) -> None:

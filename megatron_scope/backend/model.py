@@ -232,20 +232,17 @@ def _module(
 def _end_in_hidden_states(module: GPTModel, config: TransformerConfig) -> None:
     """The output layer keeps its weight but hands on its input, whole on every tensor rank.
 
-    The loss hook applies the weight itself, so that logits exist only for the tokens that need them. What it
-    computes differs between tensor ranks, so the gradient of the hidden states is summed over them on the way
-    back.
+    The loss hook applies the weight itself, so that logits exist only for the tokens that need them. It sums
+    the gradient of the hidden states over the tensor ranks too.
     """
 
     def hand_on(hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None):
         del weight, runtime_gather_output
         if config.sequence_parallel:
-            whole = tensor_parallel.gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=True
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False
             )
-        else:
-            whole = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-        return whole, None
+        return hidden, None
 
     layer: Any = module.output_layer
     layer.forward = hand_on

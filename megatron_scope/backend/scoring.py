@@ -12,9 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_scope.backend.distribute import largest
+from megatron_scope.backend.hidden_states import HiddenStates
 from megatron_scope.backend.model import StageModel
 from megatron_scope.backend.schedule import run, token_statistics
 from megatron_scope.backend.setup import Ranks
+from megatron_scope.backend.token_loss import TeacherStates
 from megatron_scope.records import MicroBatch
 
 
@@ -48,6 +50,7 @@ class KnownLogprobs:
     teacher: TokenLogprobs
     reference: TokenLogprobs
     old: TokenLogprobs | None
+    teacher_states: TeacherStates | None = None  # for exact divergences
 
 
 def response_rows(micro_batch: MicroBatch) -> Iterator[tuple[int, slice]]:
@@ -66,11 +69,13 @@ def score(
     temperature: float,
     *,
     stop_token_id: int | None = None,
+    keep: HiddenStates | None = None,
 ) -> TokenLogprobs:
     """Forward-only pass: the log-probs of every response token of `micro_batches` at a temperature, in
     nats.
 
-    With `stop_token_id` the stop token of a response is scored as that one, whichever ended it.
+    `keep` takes the final hidden states of every response. With `stop_token_id` the stop token of a response
+    is scored as that one, whichever ended it.
     """
     if stage.shape.mixture and ranks.expert_size > 1:
         micro_batches = _as_many_everywhere(stage, micro_batches, ranks)
@@ -81,6 +86,9 @@ def score(
         targets = micro_batch.targets
         if stop_token_id is not None:
             targets = np.where(micro_batch.stop, stop_token_id, targets)
+        if keep is not None:
+            for index, rows in response_rows(micro_batch):
+                keep.keep(index, hidden[rows])
         stats = token_statistics(stage, ranks, hidden, targets, temperature)
         return micro_batch, stats.logprob.float().cpu().numpy()
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from megatron_scope.backend.optimizer import Trainable
 from megatron_scope.backend.schedule import run, token_statistics
-from megatron_scope.backend.scoring import KnownLogprobs, TokenLogprobs
+from megatron_scope.backend.scoring import KnownLogprobs
 from megatron_scope.backend.setup import Ranks
+from megatron_scope.backend.token_loss import TokenLoss
 from megatron_scope.errors import TrainingError
 from megatron_scope.objective.losses import TokenTerms
 from megatron_scope.records import MicroBatch, ResponseCoefficients
@@ -35,16 +36,18 @@ class UpdateStats:
 
     `loss` is the mean of the updates'. `nll_correct` is over the correct path. `kl_correct` and
     `kl_incorrect` are the k1 estimate log pi_theta - log pi_T over a path's tokens that the teacher scored,
-    and `stop_log_ratio` the same over their stop tokens. `kl_reference` is the k3 estimate of KL(student ||
-    initial student). The ratio is pi_theta / pi_old: its largest value and the share beyond the clip. The
-    log-prob gap is trainer minus engine at rollout temperature, in the first update, whose weights made the
-    responses: mean and maximum of its absolute value, and the k3 estimate of KL(engine || trainer).
+    and `stop_log_ratio` the same over their stop tokens; `divergence_incorrect` is the exact one where the
+    objective asks for it. `kl_reference` is the k3 estimate of KL(student || initial student). The ratio is
+    pi_theta / pi_old: its largest value and the share beyond the clip. The log-prob gap is trainer minus
+    engine at rollout temperature, in the first update, whose weights made the responses: mean and maximum of
+    its absolute value, and the k3 estimate of KL(engine || trainer).
     """
 
     loss: float
     nll_correct: float
     kl_correct: float
     kl_incorrect: float
+    divergence_incorrect: float
     stop_log_ratio: float
     kl_reference: float
     entropy: float
@@ -79,7 +82,8 @@ class Totals:
 
 
 MEANS = (
-    *("nll_correct", "kl_correct", "kl_incorrect", "stop_log_ratio", "kl_reference", "entropy"),
+    *("nll_correct", "kl_correct", "kl_incorrect", "divergence_incorrect", "stop_log_ratio"),
+    *("kl_reference", "entropy"),
     *("ratio_clipped", "logprob_gap_mean", "logprob_gap_kl"),
 )
 MAXIMA = ("ratio_max", "logprob_gap_max")
@@ -104,27 +108,29 @@ def forward_backward(
     full sum on every replica. Raises TrainingError, on every rank, when the loss is not finite.
     """
 
+    loss_of = TokenLoss(
+        student.stage, known.teacher_states, ranks, settings.token_loss, settings.student_temperature
+    )
+
     def hook(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        stats = token_statistics(
-            student.stage, ranks, hidden, micro_batch.targets, settings.student_temperature
-        )
-        terms = _terms(micro_batch, stats.logprob, coefficients, known)
-        loss = settings.token_loss(terms)
+        terms = _terms(micro_batch, hidden, coefficients, known)
+        outcome = loss_of(micro_batch, hidden, terms)
+        terms = terms._replace(logprob=outcome.logprob, divergence=outcome.divergence)
         with torch.no_grad():
-            at_rollout = stats.logprob
+            at_rollout = outcome.logprob
             if is_first and settings.rollout_temperature != settings.student_temperature:
                 at_rollout = token_statistics(
                     student.stage, ranks, hidden, micro_batch.targets, settings.rollout_temperature
                 ).logprob
             data = {
-                "loss": loss.detach().double(),
-                **_path_means(micro_batch, terms, correct[micro_batch.response], known.teacher),
-                **_policy_means(micro_batch, terms, stats.entropy, known, settings.ratio_clip),
+                "loss": outcome.value.double(),
+                **_path_means(micro_batch, terms, correct[micro_batch.response], known),
+                **_policy_means(micro_batch, terms, outcome.entropy, known, settings.ratio_clip),
                 **_engine_gap(micro_batch, at_rollout, is_first),
             }
-            together = torch.stack([data[name].double().to(loss.device) for name in (*SUMS, *MAXIMA)])
+            together = torch.stack([data[name].double().to(hidden.device) for name in (*SUMS, *MAXIMA)])
             data = dict(zip((*SUMS, *MAXIMA), together.cpu(), strict=True))  # one transfer
-        return loss, data
+        return outcome.loss, data
 
     student.zero_grad()
     student.wrapped.train()
@@ -161,16 +167,19 @@ def path_gradient_norms(
 
 
 def _terms(
-    micro_batch: MicroBatch, logprob: Tensor, coefficients: ResponseCoefficients, known: KnownLogprobs
+    micro_batch: MicroBatch, hidden: Tensor, coefficients: ResponseCoefficients, known: KnownLogprobs
 ) -> TokenTerms:
+    """All but log-probs and divergences, which are zeros."""
+
     def rows(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(device=logprob.device, dtype=logprob.dtype)
+        return torch.from_numpy(values).to(device=hidden.device, dtype=torch.float32)
 
     def of_response(values: np.ndarray) -> Tensor:
         return rows(values[micro_batch.response])
 
     return TokenTerms(
-        logprob=logprob,
+        logprob=hidden.new_zeros(len(micro_batch.rows), dtype=torch.float32),
+        divergence=hidden.new_zeros(len(micro_batch.rows), dtype=torch.float32),
         old_logprob=None if known.old is None else rows(known.old.rows(micro_batch)),
         teacher_logprob=rows(known.teacher.rows(micro_batch)),
         reference_logprob=rows(known.reference.rows(micro_batch)),
@@ -187,18 +196,20 @@ def _mean(name: str, values: Tensor, chosen: Tensor) -> dict[str, Tensor]:
 
 
 def _path_means(
-    micro_batch: MicroBatch, terms: TokenTerms, correct_R: np.ndarray, teacher: TokenLogprobs
+    micro_batch: MicroBatch, terms: TokenTerms, correct_R: np.ndarray, known: KnownLogprobs
 ) -> dict[str, Tensor]:
     logprob = terms.logprob.detach().double()
+    exact = known.teacher_states is not None
     correct, stop, scored = (
         torch.from_numpy(rows).to(logprob.device)
-        for rows in (correct_R, micro_batch.stop, teacher.has(micro_batch))
+        for rows in (correct_R, micro_batch.stop, known.teacher.has(micro_batch))
     )
     log_ratio = logprob - terms.teacher_logprob
     return {
         **_mean("nll_correct", -logprob, correct),
         **_mean("kl_correct", log_ratio, scored & correct),
         **_mean("kl_incorrect", log_ratio, scored & ~correct),
+        **_mean("divergence_incorrect", terms.divergence.double(), scored & ~correct & exact),
         **_mean("stop_log_ratio", log_ratio, scored & stop),
     }
 

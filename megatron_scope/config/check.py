@@ -39,7 +39,6 @@ def _is_set(value: Any) -> bool:
 # Delete an entry when its feature is built and tested.
 _UNBUILT = (
     _Unbuilt("teacher.server", _is_set, "teacher.hf"),
-    _Unbuilt("objective.divergence", lambda v: v != Divergence.SAMPLED, "sampled"),
     _Unbuilt("sync.transport", lambda v: v == Transport.BROADCAST, "disk"),
 )
 
@@ -74,6 +73,7 @@ _POSITIVE = (
     "objective.teacher_temperature",
     "optimizer.lr",
     "optimizer.eps",
+    "teacher.hidden_states_gb",
     "evaluate.temperature",
     "sync.timeout_s",
 )
@@ -250,6 +250,16 @@ def _check_objective(config: Config) -> None:
         raise ConfigError(
             f"objective.kl_coefficient is {objective.kl_coefficient} with objective.name={objective.name}: "
             "only grpo has a term towards the initial student; set objective.kl_coefficient=0"
+        )
+    if objective.divergence != Divergence.SAMPLED and not needs_teacher(config):
+        raise ConfigError(
+            f"objective.divergence is {objective.divergence} with objective.name={objective.name}, which has "
+            "no teacher; set objective.divergence=sampled"
+        )
+    if objective.divergence != Divergence.SAMPLED and config.teacher.stop_token_id is not None:
+        raise ConfigError(
+            f"teacher.stop_token_id is {config.teacher.stop_token_id} with objective.divergence="
+            f"{objective.divergence}, which compares whole distributions; use objective.divergence=sampled"
         )
     clip = objective.ratio_clip
     if clip is None:

@@ -110,6 +110,8 @@ class TeacherConfig(ModelConfig):
     # The teacher's own end token where it differs from the student's (a base student under a chat teacher): a
     # response's stop token is scored as this one. null scores the token that the student wrote.
     stop_token_id: int | None = None
+    # For exact divergences: host memory of a rank for the teacher's hidden states; more goes to a file.
+    hidden_states_gb: float = 64.0
 
 
 @dataclasses.dataclass(frozen=True)

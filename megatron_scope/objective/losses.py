@@ -19,11 +19,13 @@ class TokenTerms(NamedTuple):
 
     `logprob` (differentiable) is the student's of the response token; `old_logprob` the student's at the
     start of the step (None: it is still the same, so that the ratio is 1 with the gradient of the log-prob);
-    `teacher_logprob` and `reference_logprob` (the initial student's) are 0 where not scored. The
-    coefficients are those of ResponseCoefficients, token by token.
+    `teacher_logprob` and `reference_logprob` (the initial student's) are 0 where not scored. `divergence`
+    (differentiable) is the exact one between student and teacher, 0 where not asked for. The coefficients
+    are those of ResponseCoefficients, token by token.
     """
 
     logprob: Tensor
+    divergence: Tensor
     old_logprob: Tensor | None
     teacher_logprob: Tensor
     reference_logprob: Tensor
@@ -60,6 +62,13 @@ def distillation_surrogate(terms: TokenTerms, clip: float = math.inf) -> Tensor:
     """
     advantage = terms.distill * (terms.teacher_logprob - terms.logprob.detach())
     return -clipped_surrogate(importance_ratio(terms), advantage, clip).sum()
+
+
+def divergence_loss(terms: TokenTerms) -> Tensor:
+    """The divergence over the whole vocabulary in the place of its sampled estimate: the sum of c D, without
+    a ratio.
+    """
+    return (terms.distill * terms.divergence).sum()
 
 
 def policy_gradient_loss(terms: TokenTerms, clip: float = math.inf) -> Tensor:

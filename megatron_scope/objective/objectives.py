@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_scope.config.schema import CorrectPath, ObjectiveConfig, ObjectiveName
+from megatron_scope.config.schema import CorrectPath, Divergence, ObjectiveConfig, ObjectiveName
 from megatron_scope.objective.aggregation import (
     coefficients,
     group_sizes,
@@ -21,6 +22,7 @@ from megatron_scope.objective.aggregation import (
 from megatron_scope.objective.losses import (
     TokenTerms,
     distillation_surrogate,
+    divergence_loss,
     likelihood_loss,
     likelihood_surrogate,
     policy_gradient_loss,
@@ -81,6 +83,13 @@ def _clip(config: ObjectiveConfig) -> float:
     return math.inf if config.ratio_clip is None else config.ratio_clip
 
 
+def _distillation(config: ObjectiveConfig) -> Callable[[TokenTerms], Tensor]:
+    """The term that draws the student to the teacher: sampled (Eq. 3), or exact over the vocabulary."""
+    if config.divergence is not Divergence.SAMPLED:
+        return divergence_loss
+    return partial(distillation_surrogate, clip=_clip(config))
+
+
 def _scope(config: ObjectiveConfig) -> Objective:
     """SCOPE (arXiv:2604.10688 Eq. 6): likelihood of correct responses weighted by the student's perplexity,
     distillation of incorrect ones by the teacher's.
@@ -109,11 +118,13 @@ def _scope(config: ObjectiveConfig) -> Objective:
             ),
         )
 
+    distillation = _distillation(config)
+
     def with_ratio(terms: TokenTerms) -> Tensor:
-        return likelihood_surrogate(terms, clip) + distillation_surrogate(terms, clip)
+        return likelihood_surrogate(terms, clip) + distillation(terms)
 
     def with_log_likelihood(terms: TokenTerms) -> Tensor:
-        return likelihood_loss(terms) + distillation_surrogate(terms, clip)
+        return likelihood_loss(terms) + distillation(terms)
 
     losses = {CorrectPath.RATIO: with_ratio, CorrectPath.LOG_LIKELIHOOD: with_log_likelihood}
     return Objective(
@@ -126,8 +137,7 @@ def _scope(config: ObjectiveConfig) -> Objective:
 
 
 def _opd(config: ObjectiveConfig) -> Objective:
-    """On-policy distillation: Eq. 3 on every response, all counting the same."""
-    clip = _clip(config)
+    """On-policy distillation: Eq. 3 (or the exact divergence) on every response, all counting the same."""
 
     def weigh(table: ResponseTable, student_mean: np.ndarray, teacher_mean: np.ndarray) -> WeighedResponses:
         del student_mean, teacher_mean
@@ -141,7 +151,7 @@ def _opd(config: ObjectiveConfig) -> Objective:
         teacher_scored=_everybody,
         reference_scored=_nobody,
         weigh=weigh,
-        token_loss=lambda terms: distillation_surrogate(terms, clip),
+        token_loss=_distillation(config),
     )
 
 

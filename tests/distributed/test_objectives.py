@@ -34,6 +34,10 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], oracles.Loss]] = {
     "official": ({"preset": "official"}, oracles.official),
     "opd": ({"name": "opd"}, oracles.opd),
     "grpo": ({"name": "grpo", "kl_coefficient": 0.5}, oracles.grpo(0.2, 0.5)),
+    "reverse kl": ({"divergence": "reverse_kl"}, oracles.scope(divergence="reverse_kl")),
+    "forward kl": ({"divergence": "forward_kl"}, oracles.scope(divergence="forward_kl")),
+    "jsd": ({"divergence": "jsd"}, oracles.scope(divergence="jsd")),
+    "opd forward kl": ({"name": "opd", "divergence": "forward_kl"}, oracles.exact_opd),
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
     "one response a micro-batch": (1, {}, 1),
@@ -83,7 +87,12 @@ def batch_of(
     with torch.no_grad():
         before = [oracles.logprobs(old or student, row, vocab, temperature) for row in rows]
         theirs = [oracles.logprobs(teacher, row, VOCAB) for row in rows]
-    return oracles.Batch(rows, ours, before, theirs, reference=before)
+    if objective.get("divergence") is None:
+        return oracles.Batch(rows, ours, before, theirs, reference=before)
+    ours_all = [oracles.distributions(student, row, VOCAB) for row in rows]
+    with torch.no_grad():
+        theirs_all = [oracles.distributions(teacher, row, VOCAB) for row in rows]
+    return oracles.Batch(rows, ours, before, theirs, before, ours_all, theirs_all)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +123,20 @@ def test_loss_and_gradient_equal_the_oracles(pool, settings, expected, tmp_path,
     assert oracles.relative_l2(load_file(tmp_path / "gradient.safetensors"), gradient) < 1e-5
     assert row["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-7)  # GRPO's is zero, but for rounding
     assert row["grad_norm"] == pytest.approx(oracles.norm(gradient), rel=1e-5)
+
+
+def test_hidden_states_beyond_the_limit_change_no_number(pool, settings, expected, tmp_path):
+    settings = changed(
+        settings,
+        objective={"divergence": "reverse_kl"},
+        parallel={"tensor": 2},
+        teacher={"hidden_states_gb": 1e-6},
+    )
+    (row,) = pool(2).run(TRAIN, settings)[0]
+    loss, gradient = expected["reverse kl"]
+    assert oracles.relative_l2(load_file(tmp_path / "gradient.safetensors"), gradient) < 1e-5
+    assert row["loss"] == pytest.approx(loss, rel=1e-5)
+    assert row["divergence_incorrect"] > 0
 
 
 @pytest.mark.parametrize("name", ["sft", "kd"])

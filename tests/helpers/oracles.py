@@ -28,6 +28,31 @@ def logprobs(model: Any, row: Row, vocab_size: int, temperature: float = 1.0) ->
     return torch.log_softmax(logits, -1).gather(1, torch.tensor(row["output_ids"])[:, None])[:, 0]
 
 
+def distributions(model: Any, row: Row, vocab_size: int, temperature: float = 1.0) -> Tensor:
+    """Log-probs [|y|, V] of every id at each response token, with gradient."""
+    ids = torch.tensor([row["prompt_ids"] + row["output_ids"]])
+    logits = model(ids).logits[0, len(row["prompt_ids"]) - 1 : -1, :vocab_size]
+    return torch.log_softmax(logits / temperature, -1)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of log-probs [T, V], [T]."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def _jsd(p: Tensor, q: Tensor) -> Tensor:
+    mixture = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0, dtype=p.dtype))
+    return (_kl(p, mixture) + _kl(q, mixture)) / 2
+
+
+# Of the student's and the teacher's log-probs.
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "reverse_kl": _kl,
+    "forward_kl": lambda student, teacher: _kl(teacher, student),
+    "jsd": _jsd,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """One update's rows with their response log-probs; `student` carries the gradient, `old` is the student
@@ -39,6 +64,9 @@ class Batch:
     old: Sequence[Tensor]
     teacher: Sequence[Tensor]
     reference: Sequence[Tensor]
+    # Log-probs [|y|, V] of all ids, for divergences over the vocabulary.
+    student_all: Sequence[Tensor] = ()
+    teacher_all: Sequence[Tensor] = ()
 
     def groups(self) -> list[list[int]]:
         """The places of each prompt's responses."""
@@ -68,7 +96,7 @@ def _sets(
                 yield i, correct, (value / sum(powers)).detach(), len(members)
 
 
-def scope(student_power: float = 1.0, teacher_power: float = -1.0) -> Loss:
+def scope(student_power: float = 1.0, teacher_power: float = -1.0, divergence: str = "sampled") -> Loss:
     """Eq. 6 of arXiv:2604.10688; a power is exponent / tau."""
 
     def loss(batch: Batch) -> Tensor:
@@ -76,9 +104,12 @@ def scope(student_power: float = 1.0, teacher_power: float = -1.0) -> Loss:
         for i, correct, weight, _ in _sets(batch, student_power, teacher_power):
             if correct:
                 total = total - weight * batch.ratio(i).sum() / num_prompts
-            else:
+            elif divergence == "sampled":
                 log_ratio = (batch.student[i] - batch.teacher[i]).detach()
                 total = total + weight * (batch.ratio(i) * log_ratio).sum() / num_prompts
+            else:
+                exact = DIVERGENCES[divergence](batch.student_all[i], batch.teacher_all[i])
+                total = total + weight * exact.sum() / num_prompts
         return total
 
     return loss
@@ -93,6 +124,16 @@ def official(batch: Batch) -> Tensor:
         else:
             log_ratio = (batch.student[i] - batch.teacher[i]).detach()
             total = total + weight * size * (batch.ratio(i) * log_ratio).sum() / batch.tokens()
+    return total
+
+
+def exact_opd(batch: Batch) -> Tensor:
+    """The forward KL over the vocabulary on every response."""
+    total = torch.zeros((), dtype=torch.float64)
+    for group in batch.groups():
+        for i in group:
+            exact = DIVERGENCES["forward_kl"](batch.student_all[i], batch.teacher_all[i])
+            total = total + exact.sum() / len(group) / len(batch.groups())
     return total
 
 

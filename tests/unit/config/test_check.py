@@ -44,6 +44,7 @@ def test_a_complete_config_passes():
     ("overrides", "options"),
     [
         (["parallel.sequence=true"], {}),
+        (["objective.divergence=forward_kl", "objective.name=opd"], {}),
         (["student.megatron=m", "teacher.megatron=m"], {}),
         (["student.hf=null", "student.megatron=m", "teacher.hf=null", "teacher.megatron=m"], {}),
         (["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"], {"world_size": 8}),
@@ -112,10 +113,6 @@ def test_values_out_of_range_are_refused(override, said):
         (
             "teacher.server=http://t:1",
             "teacher.server is http://t:1: not available in this version; use teacher.hf",
-        ),
-        (
-            "objective.divergence=jsd",
-            "objective.divergence is jsd: not available in this version; use sampled",
         ),
         ("sync.transport=broadcast", "sync.transport is broadcast: not available in this version; use disk"),
     ],
@@ -187,6 +184,14 @@ def test_what_is_not_built_yet_is_refused(override, said):
         (
             ["train.updates_per_batch=4", "rollout.prompts_per_step=3"],
             "train.updates_per_batch is 4 but rollout.prompts_per_step=3: each update needs a prompt; lower",
+        ),
+        (
+            ["objective.divergence=jsd", "objective.name=grpo"],
+            "objective.divergence is jsd with objective.name=grpo, which has no teacher; set",
+        ),
+        (
+            ["objective.divergence=reverse_kl", "teacher.stop_token_id=3"],
+            "teacher.stop_token_id is 3 with objective.divergence=reverse_kl, which compares whole",
         ),
         (["teacher.stop_token_id=-1"], "teacher.stop_token_id is -1: token ids are 0 or more"),
         (

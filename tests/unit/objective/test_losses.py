@@ -70,6 +70,7 @@ class Batch:
 
         terms = TokenTerms(
             logprob=torch.log_softmax(logits, dim=1).gather(1, tokens[:, None])[:, 0],
+            divergence=torch.zeros(len(tokens), dtype=logits.dtype),
             old_logprob=None if old is None else chosen(old),
             teacher_logprob=chosen(np.where(self.correct, 0.0, self.teacher)),
             reference_logprob=chosen(self.reference),
@@ -150,7 +151,7 @@ def test_the_incorrect_path_is_a_one_sample_estimator_of_reverse_kl():
     teacher = torch.log_softmax(torch.randn(VOCAB, dtype=torch.float64), dim=0)
     logprobs = torch.log_softmax(logits, dim=0)
     zeros = torch.zeros(VOCAB, dtype=torch.float64)
-    terms = TokenTerms(logprobs, None, teacher, zeros, zeros, logprobs.exp().detach(), zeros, zeros)
+    terms = TokenTerms(logprobs, zeros, None, teacher, zeros, zeros, logprobs.exp().detach(), zeros, zeros)
     (estimated,) = torch.autograd.grad(scope_loss(terms), logits, retain_graph=True)
     kl = (logprobs.exp() * (logprobs - teacher)).sum()
     (exact,) = torch.autograd.grad(kl, logits)
