@@ -118,4 +118,5 @@ class TokenLoss:
 
 
 def _taken(terms: TokenTerms, rows: Any) -> TokenTerms:
-    return TokenTerms(*(None if value is None else value[rows] for value in terms))
+    taken: Any = [None if value is None else value[rows] for value in terms]
+    return TokenTerms(*taken)
