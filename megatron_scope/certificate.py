@@ -19,7 +19,7 @@ from megatron_scope.convert.certify import compare_tensors, summary
 from megatron_scope.convert.files import write_json
 from megatron_scope.convert.hf_folder import HfFolder
 from megatron_scope.convert.megatron_folder import MegatronFolder
-from megatron_scope.convert.to_megatron import FileLayout
+from megatron_scope.convert.shape import FileLayout
 from megatron_scope.data.jsonl import without_nan
 from megatron_scope.environment import place
 from megatron_scope.errors import ConfigError, DataError, ScopeError
@@ -126,7 +126,6 @@ def _num_parameters(hf: HfFolder) -> int:
 
 def _megatron_logits(options: CheckOptions, megatron: MegatronFolder, tokens: np.ndarray) -> np.ndarray:
     layout = options.layout
-    num_ranks = layout.pipeline * math.lcm(layout.tensor, layout.expert)
     with tempfile.TemporaryDirectory() as folder:
         given, made = Path(folder) / "tokens.npy", Path(folder) / "logits.npy"
         np.save(given, tokens)
@@ -135,7 +134,7 @@ def _megatron_logits(options: CheckOptions, megatron: MegatronFolder, tokens: np
             *("--tokens", str(given), "--out", str(made)),
             *("--tp", str(layout.tensor), "--pp", str(layout.pipeline), "--ep", str(layout.expert)),
         ]
-        if run_local_ranks(arguments, num_ranks):
+        if run_local_ranks(arguments, layout.num_ranks):
             raise ScopeError(f"the logits of {megatron.path} could not be computed; the reason stands above")
         return np.load(made)
 
@@ -175,7 +174,7 @@ def write_checkpoint_logits(
     source.check()
     shape, world_size = source.shape, place().world_size
     layout.check(shape, str(source.path))
-    needed = layout.pipeline * math.lcm(layout.tensor, layout.expert)
+    needed = layout.num_ranks
     if world_size != needed:
         raise ConfigError(
             f"there are {world_size} ranks; --tp {layout.tensor} --pp {layout.pipeline} --ep {layout.expert} "

@@ -203,7 +203,7 @@ def _add_dtype(parser: argparse.ArgumentParser) -> None:
 
 
 def _layout(options: argparse.Namespace) -> Any:
-    from megatron_scope.convert.to_megatron import FileLayout
+    from megatron_scope.convert.shape import FileLayout
 
     for name in ("tp", "pp", "ep"):
         if getattr(options, name) < 1:

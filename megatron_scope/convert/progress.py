@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 
@@ -10,6 +11,17 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as RichProgress
 
 _LINE_EVERY_S = 2.0  # at most: a small model needs no ten lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What a conversion wrote."""
+
+    num_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.num_bytes / 1e6:,.1f} MB in {self.seconds:.1f} s"
 
 
 class ByteProgress:

@@ -148,6 +148,28 @@ def check_layout(
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class FileLayout:
+    """The parallel layout whose ranks can read whole blocks and files; every other one loads the checkpoint
+    too.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+
+    @property
+    def num_ranks(self) -> int:
+        """The fewest ranks that make it: experts fold over the tensor ranks of a stage."""
+        return self.pipeline * math.lcm(self.tensor, self.expert)
+
+    def check(self, shape: ModelShape, name: str) -> tuple[int, ...]:
+        """The layers of each pipeline stage; ConfigError for a layout that a model cannot be split over."""
+        stage_sizes = spread_layers(shape.num_layers, self.pipeline)
+        check_layout(shape, self.tensor, stage_sizes, name, self.expert, LayoutKeys("--tp", "--ep"))
+        return stage_sizes
+
+
 def check_trainable(
     shape: ModelShape, tensor: int, sequence: bool, stage_sizes: tuple[int, ...], name: str
 ) -> None:

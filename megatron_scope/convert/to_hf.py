@@ -11,9 +11,8 @@ from megatron_scope.convert.files import check_new, check_space, new_folder
 from megatron_scope.convert.hf_writer import MAX_SHARD_BYTES, finish_folder, shard_names
 from megatron_scope.convert.mapping import Entry, model_entries, reading_order
 from megatron_scope.convert.megatron_folder import MegatronFolder
-from megatron_scope.convert.progress import ByteProgress
+from megatron_scope.convert.progress import ByteProgress, Converted
 from megatron_scope.convert.safetensors_writer import SafetensorsWriter, TensorPlan, plan_shards
-from megatron_scope.convert.to_megatron import Converted
 from megatron_scope.errors import DataError
 
 
@@ -64,12 +63,11 @@ def _write(
     for index, first_row, rows in hf_blocks(entry, source, entry.whole_size(source.shape)):
         name, cast = entry.hf[index], rows if dtype is None else rows.to(dtype)
         if not is_finite(cast):
-            what = (
-                f"numbers that {dtype_name(cast.dtype)} cannot hold" if is_finite(rows) else "NaN or infinity"
+            problem = (
+                f"numbers that {dtype_name(cast.dtype)} cannot hold; convert to a dtype with a wider range"
+                if is_finite(rows)
+                else "NaN or infinity; look at the run that wrote it, or take an earlier checkpoint"
             )
-            raise DataError(
-                f"{source.path}: {entry.key} (for {name}) holds {what}; look at the run that wrote it, or "
-                "take an earlier checkpoint"
-            )
+            raise DataError(f"{source.path}: {entry.key} (for {name}) holds {problem}")
         writer.write(name, first_row, cast)
         progress.advance(cast.nbytes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,14 +14,8 @@ from megatron_scope.convert.blocks import dtype_name, is_finite, megatron_blocks
 from megatron_scope.convert.files import check_new, check_space, copy_companions, new_folder
 from megatron_scope.convert.hf_folder import TIED_COPY, HfFolder
 from megatron_scope.convert.mapping import TIED_SOURCE, Entry, reading_order, stage_entries
-from megatron_scope.convert.progress import ByteProgress
-from megatron_scope.convert.shape import (
-    LayoutKeys,
-    ModelShape,
-    check_layout,
-    padded_vocab_size,
-    spread_layers,
-)
+from megatron_scope.convert.progress import ByteProgress, Converted
+from megatron_scope.convert.shape import FileLayout, padded_vocab_size
 from megatron_scope.convert.torch_dist_writer import TorchDistWriter
 from megatron_scope.errors import DataError
 
@@ -37,34 +30,6 @@ _MIXTURE_NORM = (
     "decoder.layers.pre_mlp_layernorm.weight",
 )
 _ROWS = 4096  # of a table, compared together
-
-
-@dataclasses.dataclass(frozen=True)
-class FileLayout:
-    """The parallel layout whose ranks can read whole blocks and files; every other one loads the checkpoint
-    too.
-    """
-
-    tensor: int = 1
-    pipeline: int = 1
-    expert: int = 1
-
-    def check(self, shape: ModelShape, name: str) -> tuple[int, ...]:
-        """The layers of each pipeline stage; ConfigError for a layout that a model cannot be split over."""
-        stage_sizes = spread_layers(shape.num_layers, self.pipeline)
-        check_layout(shape, self.tensor, stage_sizes, name, self.expert, LayoutKeys("--tp", "--ep"))
-        return stage_sizes
-
-
-@dataclasses.dataclass(frozen=True)
-class Converted:
-    """What a conversion wrote."""
-
-    num_bytes: int
-    seconds: float
-
-    def __str__(self) -> str:
-        return f"{self.num_bytes / 1e6:,.1f} MB in {self.seconds:.1f} s"
 
 
 def to_megatron(

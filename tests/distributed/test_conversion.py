@@ -16,8 +16,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM
 
+from megatron_scope.convert.shape import FileLayout
 from megatron_scope.convert.to_hf import to_hf
-from megatron_scope.convert.to_megatron import FileLayout, to_megatron
+from megatron_scope.convert.to_megatron import to_megatron
 from tests.helpers.models import (
     read_weights,
     save_llama,

@@ -12,7 +12,8 @@ from megatron_scope.convert import blocks
 from megatron_scope.convert.certify import compare_tensors, summary
 from megatron_scope.convert.hf_folder import HfFolder
 from megatron_scope.convert.megatron_folder import MegatronFolder
-from megatron_scope.convert.to_megatron import FileLayout, to_megatron
+from megatron_scope.convert.shape import FileLayout
+from megatron_scope.convert.to_megatron import to_megatron
 from megatron_scope.errors import DataError
 from tests.unit.convert.folders import (
     BY_FAMILY,

@@ -8,7 +8,8 @@ import torch
 
 from megatron_scope.convert import blocks, files, to_hf
 from megatron_scope.convert.hf_folder import INDEX, SINGLE, HfFolder
-from megatron_scope.convert.to_megatron import FileLayout, to_megatron
+from megatron_scope.convert.shape import FileLayout
+from megatron_scope.convert.to_megatron import to_megatron
 from megatron_scope.errors import DataError
 from tests.unit.convert.folders import (
     BY_FAMILY,

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from megatron_scope.convert import blocks, files, to_megatron
 from megatron_scope.convert.hf_folder import INDEX, SINGLE
-from megatron_scope.convert.to_megatron import FileLayout
+from megatron_scope.convert.shape import FileLayout
 from megatron_scope.convert.torch_dist import BACKEND, BACKEND_FILE, TorchDistFolder
 from megatron_scope.errors import ConfigError, DataError
 from tests.unit.convert.folders import (
