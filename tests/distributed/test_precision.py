@@ -73,20 +73,31 @@ def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # ---- bfloat16 with float32 master weights
 
 
+def sft_run(
+    pool, student: Path, folder: Path, precision: str, layout: str
+) -> tuple[list[float], torch.Tensor]:
+    """The losses, and the gradient of the first step, float64, parameters in the order of names."""
+    num_ranks, parallel = LAYOUTS[layout]
+    dump = folder / "gradient.safetensors"
+    settings = sft_settings(student, folder, precision) | {"parallel": parallel}
+    settings["run"]["dump_gradients"] = str(dump)
+    losses = [row["loss"] for row in pool(num_ranks).run(TRAIN, settings)[0]]
+    return losses, torch.cat([value.double().flatten() for _, value in sorted(load_file(dump).items())])
+
+
 @pytest.fixture(scope="module")
-def float32_losses(pool, models, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Losses of the sums in float32, at one rank."""
-    settings = sft_settings(models["student"], tmp_path_factory.mktemp("float32"), "float32")
-    return [row["loss"] for row in pool(1).run(TRAIN, settings)[0]]
+def in_float32(pool, models, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], torch.Tensor]:
+    return sft_run(pool, models["student"], tmp_path_factory.mktemp("float32"), "float32", "one")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_bfloat16_learns_along_the_path_of_float32(pool, models, float32_losses, tmp_path, layout):
-    num_ranks, parallel = LAYOUTS[layout]
-    settings = sft_settings(models["student"], tmp_path, "bfloat16") | {"parallel": parallel}
-    losses = [row["loss"] for row in pool(num_ranks).run(TRAIN, settings)[0]]
+def test_bfloat16_learns_along_the_path_of_float32(pool, models, in_float32, tmp_path, layout):
+    losses, gradient = sft_run(pool, models["student"], tmp_path, "bfloat16", layout)
+    float32_losses, float32_gradient = in_float32
+    assert (gradient - float32_gradient).norm() < 0.02 * float32_gradient.norm()
+    # Adam at this learning rate soon doubles differences: later losses compare rounding errors.
+    assert losses[:6] == pytest.approx(float32_losses[:6], rel=0.01)
     assert losses[-1] < 0.5 * losses[0]
-    assert losses == pytest.approx(float32_losses, rel=0.05)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
