@@ -42,13 +42,14 @@ def step_metrics(
     sampled_now: bool,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """A step's row of metrics.jsonl; null stands for a mean over nothing.
+    """A step's row of metrics.jsonl; null stands for a mean over nothing and for what was not measured.
 
-    Log-probs and KL in nats, lengths in tokens, times in seconds. Only `seconds` and
-    tokens_per_second vary by run.
+    Log-probs and KL in nats, lengths in tokens, times in seconds. `grad_noise_incorrect` is the root of the
+    summed variance of the gradient whose norm is `grad_norm_incorrect`. Only `seconds` and tokens_per_second
+    vary by run.
     """
     stats = update.stats
-    grad_norm_correct, grad_norm_incorrect = update.path_grad_norms or (None, None)
+    paths = update.path_gradients
     correct, incorrect = (path_spread(table, weights, correct=kind) for kind in (True, False))
     total_s = sum(seconds.values())
     row = {
@@ -61,8 +62,9 @@ def step_metrics(
         "kl_reference": stats.kl_reference,
         "stop_log_ratio": stats.stop_log_ratio,
         "grad_norm": update.grad_norm,
-        "grad_norm_correct": grad_norm_correct,
-        "grad_norm_incorrect": grad_norm_incorrect,
+        "grad_norm_correct": paths.norm_correct,
+        "grad_norm_incorrect": paths.norm_incorrect,
+        "grad_noise_incorrect": paths.noise_incorrect,
         "updates": update.num_updates,
         "ratio_max": stats.ratio_max,
         "ratio_clipped": stats.ratio_clipped,

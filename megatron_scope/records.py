@@ -199,3 +199,9 @@ class ResponseCoefficients:
         return ResponseCoefficients(
             *(np.where(chosen, getattr(self, field.name), 0.0) for field in dataclasses.fields(self))
         )
+
+    def times(self, factor: np.ndarray) -> ResponseCoefficients:
+        """The same with each response's multiplied by its `factor`, float64 [N]."""
+        return ResponseCoefficients(
+            *(factor * getattr(self, field.name) for field in dataclasses.fields(self))
+        )

@@ -7,14 +7,21 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from megatron_scope.backend.distribute import largest
 from megatron_scope.backend.hidden_states import HiddenStates
 from megatron_scope.backend.model import StageModel
-from megatron_scope.backend.scoring import KnownLogprobs, TokenLogprobs, mean_logprobs, score
+from megatron_scope.backend.scoring import (
+    KnownLogprobs,
+    TokenLogprobs,
+    keep_hidden_states,
+    mean_logprobs,
+    score,
+)
 from megatron_scope.backend.setup import Ranks
-from megatron_scope.backend.token_loss import TeacherStates
+from megatron_scope.backend.token_loss import OnDemand, TeacherStates
 from megatron_scope.config import Config
 from megatron_scope.config.needs import needs_old_logprobs
-from megatron_scope.config.schema import Divergence
+from megatron_scope.config.schema import Divergence, Overflow
 from megatron_scope.errors import ScoringError
 from megatron_scope.objective import Objective
 from megatron_scope.records import MicroBatch, Response, ResponseTable
@@ -64,7 +71,7 @@ class Scorer:
             temperature: float,
             states: TeacherStates | None = None,
         ) -> tuple[TokenLogprobs, np.ndarray]:
-            keep = states.hidden if states else None
+            keep = states.hidden if states and not states.on_demand else None
             tokens = self.token_logprobs(stage, responses, mask, temperature, keep)
             mean = mean_logprobs(tokens, len(table), self.ranks)
             _check_finite(name, mean, mask, names)
@@ -73,9 +80,10 @@ class Scorer:
         student, student_mean = scored(
             "student", self.student, everybody if keeps_old else for_weights, settings.student_temperature
         )
-        states = self._teacher_states()
+        by_teacher = objective.teacher_scored(table)
+        states = self._teacher_states(responses, by_teacher)
         teacher, teacher_mean = scored(
-            "teacher", self.teacher, objective.teacher_scored(table), settings.teacher_temperature, states
+            "teacher", self.teacher, by_teacher, settings.teacher_temperature, states
         )
         reference, _ = scored(
             "initial student",
@@ -89,14 +97,38 @@ class Scorer:
             KnownLogprobs(teacher, reference, student if keeps_old else None, states),
         )
 
-    def _teacher_states(self) -> TeacherStates | None:
-        """Room for the teacher's hidden states, where an exact divergence will read them."""
-        settings = self.config.objective
-        if self.teacher is None or settings.divergence is Divergence.SAMPLED:
+    def _teacher_states(self, responses: Sequence[Response], mask: np.ndarray) -> TeacherStates | None:
+        """Room for the teacher's hidden states of the responses in `mask`, where an exact divergence will
+        read them.
+        """
+        settings, teacher = self.config.objective, self.teacher
+        if teacher is None or settings.divergence is Divergence.SAMPLED:
             return None
-        hidden = HiddenStates(self.ranks, int(self.config.teacher.hidden_states_gb * 1e9))
-        scale = settings.student_temperature / settings.teacher_temperature
-        return TeacherStates(self.teacher, hidden, settings.divergence, scale)
+        limit = int(self.config.teacher.hidden_states_gb * 1e9)
+        states = TeacherStates(
+            teacher,
+            HiddenStates(self.ranks, limit),
+            settings.divergence,
+            scale=settings.student_temperature / settings.teacher_temperature,
+        )
+        if self.config.teacher.hidden_states_overflow is Overflow.FILE:
+            return states
+        token_bytes = teacher.shape.hidden_size * teacher.config.params_dtype.itemsize
+        needed = sum(len(response.output_ids) for response in responses if mask[response.index]) * token_bytes
+        if largest(self.ranks, needed) <= limit * self.ranks.tensor_size:
+            return states
+
+        def teacher_pass(indices: Sequence[int], hidden: HiddenStates) -> None:
+            wanted = mask & np.isin(np.arange(len(mask)), indices)
+            chosen = [response for response in responses if wanted[response.index]]
+            keep_hidden_states(teacher, self.pack(chosen), self.ranks, hidden)
+
+        fitting = limit * self.ranks.tensor_size // (self.config.train.micro_batch_tokens * token_bytes)
+        return dataclasses.replace(
+            states,
+            hidden=HiddenStates(self.ranks, limit_bytes=None),
+            on_demand=OnDemand(max(1, fitting), teacher_pass),
+        )
 
     def token_logprobs(
         self,

@@ -22,10 +22,12 @@ from megatron_scope.backend.model import StageModel, build
 from megatron_scope.backend.optimizer import Trainable, make_trainable
 from megatron_scope.backend.setup import Ranks
 from megatron_scope.backend.update import (
+    PathGradients,
     StepUpdate,
     UpdateSettings,
     forward_backward,
-    path_gradient_norms,
+    path_gradients,
+    prompt_contrast,
     statistics,
 )
 from megatron_scope.config import Config, write_config
@@ -220,19 +222,20 @@ class Trainer:
             "coefficients": weighed.coefficients,
             "known": scores.known,
         }
-        totals, norms, path_norms = [], [], None
+        totals, norms, paths = [], [], PathGradients()
         for number in range(int(table.update.max()) + 1):
             chosen = [response for response in batch.responses if table.update[response.index] == number]
             work = (self.student, self._padded(self.pack(chosen)), self.ranks, self.update_settings)
             is_first = number == 0
             if is_first and every and step % every == 0:
-                path_norms = path_gradient_norms(*work, **inputs)
+                contrast = prompt_contrast(table, seed=config.run.seed, step=step)
+                paths = path_gradients(*work, **inputs, contrast=contrast)
             dumps = is_first and dump is not None
             totals.append(forward_backward(*work, **inputs, is_first=is_first, whole_gradients=dumps))
             if is_first and dump is not None:
                 save_gradients(self.student, self.ranks, Path(dump).expanduser())
             norms.append(self.student.step(lr))
-        return StepUpdate(statistics(totals), len(norms), float(np.mean(norms)), path_norms, lr)
+        return StepUpdate(statistics(totals), len(norms), float(np.mean(norms)), paths, lr)
 
     def publish(self, version: int) -> None:
         """Hands the current weights to the rollout servers, under the number of updates that made them."""

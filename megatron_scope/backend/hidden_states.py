@@ -21,13 +21,17 @@ class HiddenStates:
     """Hidden states [|y|, d] of responses by canonical index, in the model's dtype.
 
     Each tensor rank keeps its share of a response's rows, in host memory (pinned beside a GPU) up to
-    `limit_bytes` and beyond that in a file without a name, which the system removes when the process ends,
-    however it ends.
+    `limit_bytes` (None: all of them) and beyond that in a file without a name, which the system removes when
+    the process ends, however it ends.
     """
 
-    def __init__(self, ranks: Ranks, limit_bytes: int) -> None:
+    def __init__(self, ranks: Ranks, limit_bytes: int | None) -> None:
         self._ranks = ranks
         self._limit_bytes = limit_bytes
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all responses."""
         self._num_bytes = 0
         self._shares: dict[int, Tensor | _Spilled] = {}
         self._lengths: dict[int, int] = {}
@@ -38,7 +42,7 @@ class HiddenStates:
         self._lengths[index] = len(hidden)
         share = hidden.detach().tensor_split(self._ranks.tensor_size)[self._ranks.tensor_rank]
         self._num_bytes += share.nbytes
-        if self._num_bytes > self._limit_bytes:
+        if self._limit_bytes is not None and self._num_bytes > self._limit_bytes:
             self._file = self._file or _SpillFile()
             self._shares[index] = self._file.write(share)
         elif share.is_cuda:

@@ -4,6 +4,7 @@ states.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from megatron_scope.backend.layers import packed_sequences
 from megatron_scope.backend.model import StageModel
 from megatron_scope.backend.setup import Ranks
-from megatron_scope.kernels.vocab_parallel import DistillStats, distill_stats
+from megatron_scope.kernels.fused_linear import Coefficients, LossStats, distill_loss
 from megatron_scope.records import MicroBatch
 
 Hook = Callable[[MicroBatch, Tensor], Any]
@@ -29,15 +30,16 @@ def run(
     hook: Callable[[MicroBatch, Tensor], Any],
     *,
     backward: bool,
+    reduce: bool = True,
     force_all_reduce: bool = False,
 ) -> list[Any]:
     """Runs every micro-batch through the pipeline and returns what `hook` returned for each, on the last
     stage (else []).
 
     `hook(micro_batch, hidden)` gets the final hidden states [R, h] of the response rows. With `backward` it
-    must return (loss_sum, data): the gradient of the plain sum of losses goes to main_grad, reduced over
-    replicas, and data is collected. Without, it runs under no_grad and its result is collected.
-    `force_all_reduce` leaves whole gradients on every replica.
+    must return (loss_sum, data): the gradient of the plain sum of losses is added to main_grad, and data is
+    collected. The last run that adds to a gradient must `reduce` it over the replicas; `force_all_reduce`
+    leaves the whole of it on each. Without `backward`, `hook` runs under no_grad and its result is collected.
     """
 
     def forward_step(
@@ -47,7 +49,8 @@ def run(
         hidden = model(**_model_inputs(micro_batch, ranks.device))
         return hidden, partial(_at_last_stage, micro_batch, hook)
 
-    with torch.set_grad_enabled(backward):
+    unreduced = _gradients_stay_here(module) if backward and not reduce else contextlib.nullcontext()
+    with torch.set_grad_enabled(backward), unreduced:
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(micro_batches),
@@ -59,6 +62,17 @@ def run(
             collect_non_loss_data=not backward,
             force_all_reduce=force_all_reduce,
         )
+
+
+@contextlib.contextmanager
+def _gradients_stay_here(module: Any) -> Iterator[None]:
+    """Holds back the reduction that Megatron's schedules end in."""
+    config = module.config
+    finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None
+    try:
+        yield
+    finally:
+        config.finalize_model_grads_func = finalize
 
 
 def _at_last_stage(micro_batch: MicroBatch, hook: Hook, output: Tensor, non_loss_data: bool = False) -> Any:
@@ -87,15 +101,21 @@ def _model_inputs(micro_batch: MicroBatch, device: torch.device) -> dict[str, An
 
 def token_statistics(
     stage: StageModel, ranks: Ranks, hidden: Tensor, targets: np.ndarray, temperature: float
-) -> DistillStats:
-    """Log-probs and entropy [R] of the targets under a model's output table, at a temperature."""
-    logits = hidden @ stage.output_weight().T
-    return distill_stats(
-        logits,
-        None,
-        torch.from_numpy(targets).to(hidden.device),
-        group=ranks.tensor_group if ranks.tensor_size > 1 else None,
-        vocab_start=stage.vocab_start,
-        vocab_size=stage.vocab_size,
-        temperature=temperature,
-    )
+) -> LossStats:
+    """Log-probs and entropy [R] of the targets under a model's output table, at a temperature; without
+    gradient, a chunk of rows at a time.
+    """
+    with torch.no_grad():
+        _, stats = distill_loss(
+            hidden,
+            stage.output_weight(),
+            None,
+            None,
+            torch.from_numpy(targets).to(hidden.device),
+            Coefficients(),
+            group=ranks.tensor_group if ranks.tensor_size > 1 else None,
+            vocab_start=stage.vocab_start,
+            vocab_size=stage.vocab_size,
+            temperature=temperature,
+        )
+    return stats

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,25 +78,46 @@ def score(
     `keep` takes the final hidden states of every response. With `stop_token_id` the stop token of a response
     is scored as that one, whichever ended it.
     """
-    if stage.shape.mixture and ranks.expert_size > 1:
-        micro_batches = _as_many_everywhere(stage, micro_batches, ranks)
-    if not micro_batches:
-        return TokenLogprobs({})
 
     def logprobs(micro_batch: MicroBatch, hidden: Tensor) -> tuple[MicroBatch, np.ndarray]:
         targets = micro_batch.targets
         if stop_token_id is not None:
             targets = np.where(micro_batch.stop, stop_token_id, targets)
         if keep is not None:
-            for index, rows in response_rows(micro_batch):
-                keep.keep(index, hidden[rows])
+            _keep_responses(micro_batch, hidden, keep)
         stats = token_statistics(stage, ranks, hidden, targets, temperature)
         return micro_batch, stats.logprob.float().cpu().numpy()
 
-    results = run(stage.module, micro_batches, ranks, logprobs, backward=False)
+    results = _forward(stage, micro_batches, ranks, logprobs)
     return TokenLogprobs(
         {index: values[rows] for micro_batch, values in results for index, rows in response_rows(micro_batch)}
     )
+
+
+def keep_hidden_states(
+    stage: StageModel, micro_batches: Sequence[MicroBatch], ranks: Ranks, keep: HiddenStates
+) -> None:
+    """Forward-only pass: the final hidden states of every response of `micro_batches`, without scores."""
+    _forward(
+        stage, micro_batches, ranks, lambda micro_batch, hidden: _keep_responses(micro_batch, hidden, keep)
+    )
+
+
+def _keep_responses(micro_batch: MicroBatch, hidden: Tensor, keep: HiddenStates) -> None:
+    for index, rows in response_rows(micro_batch):
+        keep.keep(index, hidden[rows])
+
+
+def _forward(
+    stage: StageModel,
+    micro_batches: Sequence[MicroBatch],
+    ranks: Ranks,
+    hook: Callable[[MicroBatch, Tensor], Any],
+) -> list[Any]:
+    """What `hook` finds on the last stage in each micro-batch."""
+    if stage.shape.mixture and ranks.expert_size > 1:
+        micro_batches = _as_many_everywhere(stage, micro_batches, ranks)
+    return run(stage.module, micro_batches, ranks, hook, backward=False) if micro_batches else []
 
 
 def _as_many_everywhere(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,15 +20,43 @@ from megatron_scope.records import MicroBatch
 
 
 @dataclasses.dataclass(frozen=True)
+class OnDemand:
+    """Makes hidden states anew for a window of the update instead of keeping a whole step's.
+
+    `teacher_pass(indices, hidden)`, a pass through all stages, fills `hidden` with the responses of these
+    indices that are distilled.
+    """
+
+    window: int  # micro-batches
+    teacher_pass: Callable[[Sequence[int], HiddenStates], None]
+
+
+@dataclasses.dataclass(frozen=True)
 class TeacherStates:
     """What an exact divergence reads of the teacher: its hidden states, times `scale` (the ratio of the
-    student's temperature to the teacher's), under its own output table.
+    student's temperature to the teacher's), under its own output table. They are there from the scoring pass
+    on unless `on_demand` makes them.
     """
 
     stage: StageModel
     hidden: HiddenStates
     divergence: Divergence
     scale: float
+    on_demand: OnDemand | None = None
+
+    def windows(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Sequence[MicroBatch]]:
+        """The micro-batches in order, as many at a time as have their hidden states: until the next are
+        taken.
+        """
+        if self.on_demand is None:
+            yield micro_batches
+            return
+        for start in range(0, len(micro_batches), self.on_demand.window):
+            window = micro_batches[start : start + self.on_demand.window]
+            self.hidden.clear()
+            indices = {int(index) for micro_batch in window for index in np.unique(micro_batch.response)}
+            self.on_demand.teacher_pass(sorted(indices), self.hidden)
+            yield window
 
 
 class TokenOutcome(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ from megatron_scope.backend.setup import Ranks
 from megatron_scope.backend.token_loss import TokenLoss
 from megatron_scope.errors import TrainingError
 from megatron_scope.objective.losses import TokenTerms
-from megatron_scope.records import MicroBatch, ResponseCoefficients
+from megatron_scope.records import MicroBatch, ResponseCoefficients, ResponseTable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +60,29 @@ class UpdateStats:
 
 
 @dataclasses.dataclass(frozen=True)
+class PathGradients:
+    """What the correct and the incorrect responses of an update give alone; NaN where not measured.
+
+    The norms of their gradients before clipping, and of the incorrect ones' the noise: the square root of the
+    sum of its coordinates' variances over draws of prompts and responses.
+    """
+
+    norm_correct: float = math.nan
+    norm_incorrect: float = math.nan
+    noise_incorrect: float = math.nan
+
+
+@dataclasses.dataclass(frozen=True)
 class StepUpdate:
     """What a step's updates did.
 
-    `grad_norm` is the mean of their norms before clipping; `path_grad_norms` are those of the correct and the
-    incorrect responses' parts of the first update, None where not measured.
+    `grad_norm` is the mean of their norms before clipping, `path_gradients` those of the first update.
     """
 
     stats: UpdateStats
     num_updates: int
     grad_norm: float
-    path_grad_norms: tuple[float, float] | None
+    path_gradients: PathGradients
     lr: float
 
 
@@ -134,13 +147,22 @@ def forward_backward(
 
     student.zero_grad()
     student.wrapped.train()
-    results = run(
-        student.wrapped, micro_batches, ranks, hook, backward=True, force_all_reduce=whole_gradients
-    )
+    states, results, todo = known.teacher_states, [], len(micro_batches)
+    for window in states.windows(micro_batches) if states else [micro_batches]:
+        todo -= len(window)
+        results += run(
+            student.wrapped,
+            window,
+            ranks,
+            hook,
+            backward=True,
+            reduce=todo == 0,
+            force_all_reduce=whole_gradients,
+        )
     return _reduce(results, ranks)
 
 
-def path_gradient_norms(
+def path_gradients(
     student: Trainable,
     micro_batches: Sequence[MicroBatch],
     ranks: Ranks,
@@ -149,21 +171,45 @@ def path_gradient_norms(
     correct: np.ndarray,
     coefficients: ResponseCoefficients,
     known: KnownLogprobs,
-) -> tuple[float, float]:
-    """The norm of the gradient that correct responses give alone, and incorrect ones; one pass for each."""
-    norms = []
-    for path in (correct, ~correct):
+    contrast: np.ndarray,
+) -> PathGradients:
+    """Norms and noise of the paths' gradients in a step's first update, where the loss is linear in its
+    coefficients; one pass for each. `contrast` is prompt_contrast's.
+    """
+
+    def norm(part: ResponseCoefficients) -> float:
         forward_backward(
-            student,
-            micro_batches,
-            ranks,
-            settings,
-            correct=correct,
-            coefficients=coefficients.only(path),
-            known=known,
+            student, micro_batches, ranks, settings, correct=correct, coefficients=part, known=known
         )
-        norms.append(student.gradient_norm())
-    return norms[0], norms[1]
+        return student.gradient_norm()
+
+    incorrect = coefficients.only(~correct)
+    return PathGradients(
+        norm_correct=norm(coefficients.only(correct)),
+        norm_incorrect=norm(incorrect),
+        noise_incorrect=norm(incorrect.times(contrast)) if contrast.any() else math.nan,
+    )
+
+
+def prompt_contrast(table: ResponseTable, *, seed: int, step: int) -> np.ndarray:
+    """The factor of each response, float64 [N], under which the first update's gradient becomes its noise.
+
+    Its n prompts fall at random into two halves, of a and b prompts, with the factors s = sqrt(b / a) and
+    -sqrt(a / b): 1 and -1 where n is even. Over the prompts they add up to 0 and their squares to n. So, the
+    gradient being the sum of the prompts' own g_i, independent and of one distribution, its expectation drops
+    out of sum s_i g_i, and E |sum s_i g_i|^2 = n tr Cov(g_i) = tr Cov(sum g_i). All 0 for a single prompt.
+    """
+    learnt = table.update == 0
+    prompts = np.unique(table.group[learnt])
+    a = len(prompts) // 2
+    b = len(prompts) - a
+    factors = np.zeros(len(table))
+    if a:
+        half = np.random.default_rng([seed, step]).permutation(prompts)[:a]
+        in_half = np.isin(table.group, half)
+        factors[learnt & in_half] = math.sqrt(b / a)
+        factors[learnt & ~in_half] = -math.sqrt(a / b)
+    return factors
 
 
 def _terms(

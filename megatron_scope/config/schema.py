@@ -69,6 +69,11 @@ class Recompute(StrEnum):
     FULL = "full"
 
 
+class Overflow(StrEnum):
+    FILE = "file"
+    RECOMPUTE = "recompute"
+
+
 class Schedule(StrEnum):
     CONSTANT = "constant"
     COSINE = "cosine"
@@ -110,8 +115,10 @@ class TeacherConfig(ModelConfig):
     # The teacher's own end token where it differs from the student's (a base student under a chat teacher): a
     # response's stop token is scored as this one. null scores the token that the student wrote.
     stop_token_id: int | None = None
-    # For exact divergences: host memory of a rank for the teacher's hidden states; more goes to a file.
+    # For exact divergences: host memory of a rank for the teacher's hidden states. What does not fit goes to
+    # a file ("file"), or the teacher reads the responses again in the update, as many as fit at a time.
     hidden_states_gb: float = 64.0
+    hidden_states_overflow: Overflow = Overflow.FILE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ layout and packing (float32).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -125,14 +126,27 @@ def test_loss_and_gradient_equal_the_oracles(pool, settings, expected, tmp_path,
     assert row["grad_norm"] == pytest.approx(oracles.norm(gradient), rel=1e-5)
 
 
-def test_hidden_states_beyond_the_limit_change_no_number(pool, settings, expected, tmp_path):
+@pytest.mark.parametrize(
+    ("overflow", "num_ranks", "parallel"),
+    [
+        ("file", 2, {"tensor": 2}),
+        ("recompute", 1, {}),
+        ("recompute", 2, {}),
+        ("recompute", 4, {"tensor": 2, "pipeline": 2, "sequence": True}),
+    ],
+    ids=["file tp2", "recompute one", "recompute dp2", "recompute tp2-pp2-sp"],
+)
+def test_hidden_states_beyond_the_limit_change_no_number(
+    pool, settings, expected, tmp_path, overflow, num_ranks, parallel
+):
     settings = changed(
         settings,
         objective={"divergence": "reverse_kl"},
-        parallel={"tensor": 2},
-        teacher={"hidden_states_gb": 1e-6},
+        parallel=parallel,
+        train={"micro_batch_tokens": 30},  # several windows of one micro-batch
+        teacher={"hidden_states_gb": 1e-6, "hidden_states_overflow": overflow},
     )
-    (row,) = pool(2).run(TRAIN, settings)[0]
+    (row,) = pool(num_ranks).run(TRAIN, settings)[0]
     loss, gradient = expected["reverse kl"]
     assert oracles.relative_l2(load_file(tmp_path / "gradient.safetensors"), gradient) < 1e-5
     assert row["loss"] == pytest.approx(loss, rel=1e-5)
@@ -162,27 +176,62 @@ def test_given_responses_equal_the_oracle(pool, models, settings, tmp_path, name
     assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
+def cut(batch: oracles.Batch, kept: list[bool]) -> oracles.Batch:
+    """Rows that are not kept stay in every denominator but are cut off from the gradient."""
+    ours, ours_all = (
+        [value if keep else value.detach() for value, keep in zip(values, kept, strict=False)]
+        for values in (batch.student, batch.student_all)
+    )
+    return dataclasses.replace(batch, student=ours, student_all=ours_all)
+
+
 @pytest.mark.parametrize("name", ["scope", "official", "opd", "grpo"])
 def test_the_norm_of_each_paths_gradient_is_measured_without_changing_the_update(
     pool, models, settings, tmp_path, name
 ):
     settings = changed(settings, objective=OBJECTIVES[name][0], parallel={"tensor": 2})
     (plain,) = pool(2).run(TRAIN, settings)[0]
-    assert plain["grad_norm_correct"] is None and plain["grad_norm_incorrect"] is None
+    for key in ("grad_norm_correct", "grad_norm_incorrect", "grad_noise_incorrect"):
+        assert plain[key] is None
     (row,) = pool(2).run(TRAIN, changed(settings, train={"path_gradients_every": 1}))[0]
     assert row["grad_norm"] == plain["grad_norm"]
     teacher = oracles.load(models[1])
     for correct, key in ((True, "grad_norm_correct"), (False, "grad_norm_incorrect")):
         student = oracles.load(models[0])
         batch = batch_of(OBJECTIVES[name][0], ROWS, student, teacher)
-        # Other responses keep their place in every denominator but are cut off from the gradient.
-        ours = [
-            value if row["correct"] == correct else value.detach()
-            for row, value in zip(ROWS, batch.student, strict=True)
-        ]
-        cut = oracles.Batch(ROWS, ours, batch.old, batch.teacher, batch.reference)
-        OBJECTIVES[name][1](cut).backward()
+        OBJECTIVES[name][1](cut(batch, [given["correct"] == correct for given in ROWS])).backward()
         assert row[key] == pytest.approx(oracles.norm(oracles.gradients(student)), rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["one response a micro-batch", "dp2 packed", "tp2-pp2"])
+@pytest.mark.parametrize(
+    ("name", "num_prompts"), [("scope", 6), ("scope", 5), ("reverse kl", 6), ("official", 6), ("grpo", 6)]
+)
+def test_the_noise_of_the_incorrect_paths_gradient_is_the_difference_of_its_halves(
+    pool, models, settings, tmp_path, name, num_prompts, layout
+):
+    rows = ROWS[: 4 * num_prompts]
+    num_ranks, parallel, micro_batch_tokens = LAYOUTS[layout]
+    settings = changed(
+        settings,
+        run={"seed": 3},
+        objective=OBJECTIVES[name][0],
+        rollout={"file": str(write_rows(tmp_path / "some.jsonl", rows))},
+        parallel=parallel,
+        train={"micro_batch_tokens": micro_batch_tokens, "path_gradients_every": 1},
+    )
+    (row,) = pool(num_ranks).run(TRAIN, settings)[0]
+    half = np.random.default_rng([3, 1]).permutation(num_prompts)[: num_prompts // 2]
+    teacher, gradients = oracles.load(models[1]), []
+    for in_half in (True, False):
+        student = oracles.load(models[0])
+        batch = batch_of(OBJECTIVES[name][0], rows, student, teacher)
+        kept = [not given["correct"] and (i // 4 in half) == in_half for i, given in enumerate(rows)]
+        OBJECTIVES[name][1](cut(batch, kept)).backward()
+        gradients.append(oracles.gradients(student))
+    odds = (num_prompts / (num_prompts // 2) - 1) ** 0.5
+    noise = {key: odds * value - gradients[1][key] / odds for key, value in gradients[0].items()}
+    assert row["grad_noise_incorrect"] == pytest.approx(oracles.norm(noise), rel=1e-5)
 
 
 # ---- several updates a step
