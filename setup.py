@@ -61,6 +61,7 @@ setup(
             "pyright[nodejs]>=1.1.400,<2",
             "mbridge>=0.15,<0.16",  # a second oracle of the conversion; it needs einops without saying so
             "einops>=0.8,<1",
+            "triton>=3.7,<3.8; platform_system == 'Linux'",  # its interpreter runs the CUDA kernels on a CPU
             MATPLOTLIB,
         ],
     },

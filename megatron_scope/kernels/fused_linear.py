@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_scope.kernels import gemm, sequence, tiles
+from megatron_scope.kernels import dispatch, gemm, sequence, tiles
 from megatron_scope.kernels.tiles import Shard, TokenStatistics, Upstream
 from megatron_scope.kernels.vocab_parallel import check_targets, check_teacher_weight, checked_shard
 
@@ -237,7 +237,7 @@ def _run(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor | None, job: _Jo
         if not (job.wants_hidden or job.wants_weight):
             continue
         dz = student.view(weight.dtype)[:, : student.shape[1]]  # over the logits, row on row
-        tiles.logits_gradient(
+        dispatch.logits_gradient(
             student,
             teacher,
             job.targets[tokens],
@@ -258,7 +258,7 @@ def _chunk_loss(
     student: Tensor, teacher: Tensor | None, tokens: slice, job: _Job, results: _Results
 ) -> tuple[TokenStatistics, Upstream]:
     """Adds a chunk's loss and statistics to the results; returns what its gradient needs."""
-    token = tiles.gathered_statistics(student, teacher, job.targets[tokens], job.shard)
+    token = dispatch.gathered_statistics(student, teacher, job.targets[tokens], job.shard)
     stats = LossStats(
         logprob=token.logprob,
         teacher_logprob=token.teacher_logprob,
@@ -274,7 +274,7 @@ def _chunk_loss(
         factors = _checked(job.coefficients(stats), tokens.stop - tokens.start, teacher is not None)
     if factors.jsd is not None:
         assert teacher is not None
-        token, jsd = tiles.with_mixture(student, teacher, token, job.shard, job.jsd_weight)
+        token, jsd = dispatch.with_mixture(student, teacher, token, job.shard, job.jsd_weight)
         stats = stats._replace(jsd=jsd)
     results.keep(stats)
     for name, factor in factors._asdict().items():

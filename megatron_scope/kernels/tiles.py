@@ -8,6 +8,7 @@ exchanged.
 
 All sums are *centred* on the shard's own maxima, so that a large offset shared by the logits costs no
 precision. A shard is worked through in tiles of a few whole rows, so no temporary has the size of a shard.
+`dispatch` has `local_statistics`, `mixture_sums` and `logits_gradient` done by Triton where it can.
 """
 
 from __future__ import annotations
@@ -219,14 +220,6 @@ def token_statistics(joined: Tensor, temperature: float) -> TokenStatistics:
     )
 
 
-def gathered_statistics(
-    student: Tensor, teacher: Tensor | None, targets: Tensor, shard: Shard
-) -> TokenStatistics:
-    """The statistics of logits [T, >= L] over all shards; one all-gather."""
-    local = local_statistics(student, teacher, targets, shard, compute_dtype(student.dtype))
-    return token_statistics(join(shard.gather(local), shard.temperature), shard.temperature)
-
-
 # ---- the mixture and the gradient
 
 
@@ -259,15 +252,6 @@ def mixture_sums(
         out[:, 0] = _moment(u.exp_(), from_p, scratch)
         out[:, 1] = _moment(v.exp_(), from_q, scratch)
     return sums
-
-
-def with_mixture(
-    student: Tensor, teacher: Tensor, token: TokenStatistics, shard: Shard, teacher_weight: float
-) -> tuple[TokenStatistics, Tensor]:
-    """The statistics with `mixture_kl`, and JSD = (1 - b) KL(p || m) + b KL(q || m), [T]; one all-gather."""
-    sums = shard.gather(mixture_sums(student, teacher, token, shard, teacher_weight)).sum(dim=0)
-    jsd = (1.0 - teacher_weight) * sums[:, 0] + teacher_weight * sums[:, 1]
-    return token._replace(mixture_kl=sums[:, 0]), jsd
 
 
 def logits_gradient(

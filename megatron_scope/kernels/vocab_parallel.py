@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_scope.kernels import tiles
+from megatron_scope.kernels import dispatch
 from megatron_scope.kernels.tiles import Shard, TokenStatistics, Upstream
 
 
@@ -177,7 +177,7 @@ class _DistillStats(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor | None, targets: Tensor, shard: Shard
     ) -> tuple[Tensor | None, ...]:
-        token = tiles.gathered_statistics(student, teacher, targets, shard)
+        token = dispatch.gathered_statistics(student, teacher, targets, shard)
         ctx.shard = shard
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(student, teacher, targets, *token)
@@ -205,8 +205,8 @@ class _JensenShannon(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, shard: Shard, teacher_weight: float) -> Tensor:
         targets = torch.full(student.shape[:1], -1, device=student.device)  # none is asked for
-        token = tiles.gathered_statistics(student, teacher, targets, shard)
-        token, jsd = tiles.with_mixture(student, teacher, token, shard, teacher_weight)
+        token = dispatch.gathered_statistics(student, teacher, targets, shard)
+        token, jsd = dispatch.with_mixture(student, teacher, token, shard, teacher_weight)
         ctx.shard, ctx.teacher_weight = shard, teacher_weight
         ctx.save_for_backward(student, teacher, targets, *token)
         return jsd
@@ -234,7 +234,7 @@ def _gradient(
     """The whole gradient [T, L] in the dtype of the logits; padding columns get 0."""
     grad = student.new_empty(student.shape)
     grad[:, shard.num_valid :] = 0
-    tiles.logits_gradient(
+    dispatch.logits_gradient(
         student, teacher, targets, token, upstream, shard, teacher_weight=teacher_weight, out=grad
     )
     return grad
