@@ -31,12 +31,13 @@ BASE = "base"
 TEMPERATURES = ("1.0", "0.6")
 K = 8
 RESAMPLES = 2000
-PATH_NORMS = ("grad_norm_correct", "grad_norm_incorrect")
+PATH_GRADIENTS = ("grad_norm_correct", "grad_norm_incorrect", "grad_noise_incorrect")
 LABELS = {
     BASE: "before training",
     "opd": "OPD",
     "grpo": "GRPO",
     "scope": "SCOPE",
+    "reverse_kl": "SCOPE, exact reverse KL",
     "student_0": "SCOPE, student exponent 0",
     "student_reversed": "SCOPE, student exponent -1",
     "teacher_0": "SCOPE, teacher exponent 0",
@@ -97,10 +98,16 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class PathGradients:
-    """Mean norms, over the steps that measured them, of correct and of incorrect responses' gradients."""
+    """Means over the steps that measured the gradients that correct and incorrect responses give alone.
+
+    `correct` and `incorrect` are of their norms, `incorrect_noise` of the incorrect ones' noise (the square
+    root of the gradient's summed variances) and `incorrect_noise_share` of noise / norm. None: no such step.
+    """
 
     correct: float | None
     incorrect: float | None
+    incorrect_noise: float | None
+    incorrect_noise_share: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +148,10 @@ def read(runs: Path, seeds: Sequence[int], methods: Sequence[str]) -> Comparison
                 results[method][temperature].append(result)
             sizes |= {(len(one.problems), one.num_samples) for one in evaluations.values()}
         for method, of_seeds in gradients.items():
-            rows = _rows(folder / method / "metrics.jsonl", ("step", *PATH_NORMS))
+            run = folder / method
+            rows = _rows(run / "metrics.jsonl", ("step", *PATH_GRADIENTS), made_by=run)
             steps.add(rows[-1]["step"])
-            of_seeds.append(PathGradients(*(_measured(rows, key) for key in PATH_NORMS)))
+            of_seeds.append(_path_gradients(rows))
     if len(sizes) > 1:
         raise CompareError(f"{runs}: evaluations have {_list(sizes)} problems x samples; do them alike, anew")
     if len(steps) > 1:
@@ -175,7 +183,7 @@ def read_evaluation(folder: Path, method: str, temperature: str) -> Evaluation:
         )
     correct: dict[str, list[str]] = {problem: [] for problem in counts}
     responses = responses_file(folder, method, temperature)
-    for row in _rows(responses, ("id", "correct", "response")):
+    for row in _rows(responses, ("id", "correct", "response"), made_by=responses):
         if row["correct"] and row["id"] in correct:
             correct[row["id"]].append(row["response"])
     if {problem: len(texts) for problem, texts in correct.items()} != counts:
@@ -185,22 +193,26 @@ def read_evaluation(folder: Path, method: str, temperature: str) -> Evaluation:
     )
 
 
-def _rows(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+def _rows(path: Path, keys: Sequence[str], *, made_by: Path) -> list[dict[str, Any]]:
+    """Rows that have all keys; without `made_by`, study.py makes the file anew."""
     rows = []
     for line, row in read_rows(path):
         if missing := [key for key in keys if key not in row]:
             raise CompareError(
-                f"{path}:{line}: no {missing[0]} in it; remove the file and start study.py again"
+                f"{path}:{line}: no {missing[0]} in it; remove {made_by} and start study.py again"
             )
         rows.append(row)
     if not rows:
-        raise CompareError(f"{path}: empty; remove it and start study.py again")
+        raise CompareError(f"{path}: empty; remove {made_by} and start study.py again")
     return rows
 
 
-def _measured(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    values = [row[key] for row in rows if row[key] is not None]
-    return float(np.mean(values)) if values else None
+def _path_gradients(rows: Sequence[Mapping[str, Any]]) -> PathGradients:
+    """A step without incorrect responses has no share of noise."""
+    measured = [[row[key] for row in rows if row[key] is not None] for key in PATH_GRADIENTS]
+    _, norm, noise = PATH_GRADIENTS
+    shares = [row[noise] / row[norm] for row in rows if row[noise] is not None and row[norm] > 0]
+    return PathGradients(*(float(np.mean(values)) if values else None for values in (*measured, shares)))
 
 
 def _list(values: set[Any]) -> str:

@@ -36,6 +36,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "opd": ("objective.name=opd",),
     "grpo": ("objective.name=grpo",),
     "scope": (),
+    "reverse_kl": ("objective.divergence=reverse_kl",),
     "student_0": ("objective.student_exponent=0",),
     "student_reversed": ("objective.student_exponent=-1",),
     "teacher_0": ("objective.teacher_exponent=0",),

@@ -15,7 +15,7 @@ TEXT_WIDTH = 110
 
 
 def markdown(comparison: Comparison) -> str:
-    """One table of scores a temperature, the gains with their intervals, and each path's gradient norm."""
+    """One table of scores a temperature, the gains with their intervals, and each path's gradient."""
     several = len(comparison.seeds) > 1
     parts = [_heading(comparison)]
     for temperature in TEMPERATURES:
@@ -106,12 +106,19 @@ def _gradients(comparison: Comparison) -> list[str]:
             LABELS[method],
             _each([path.correct for path in of_seeds], 2),
             _each([path.incorrect for path in of_seeds], 2),
+            _each([path.incorrect_noise for path in of_seeds], 2),
+            _each([path.incorrect_noise_share for path in of_seeds], 2),
         ]
         for method, of_seeds in comparison.gradients.items()
     ]
     return [
-        "Norm of the gradient that each kind of response gives alone, mean over the measured steps:",
-        _table(["method", "correct responses", "incorrect responses"], rows),
+        textwrap.fill(
+            "Norm of the gradient that correct and incorrect responses give alone, mean over the measured "
+            "steps. noise: the square root of the sum of that gradient's variances over draws of prompts and "
+            "responses, from the difference between halves of the step's prompts (-: not measured).",
+            width=TEXT_WIDTH,
+        ),
+        _table(["method", "correct", "incorrect", "noise of incorrect", "noise / norm"], rows),
     ]
 
 

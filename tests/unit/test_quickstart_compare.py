@@ -24,6 +24,7 @@ def _load(name):
 task, scores, tables, plot, compare = map(_load, ("task", "scores", "tables", "plot", "compare"))
 
 EASY, HARD = "94580", "13942"
+UNMEASURED = (None, None, None)
 
 
 def solutions(problem, number):
@@ -54,12 +55,13 @@ def write_evaluation(folder, method, correct, *, num_samples=8, temperatures=sco
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_metrics(folder, method, norms, last_step=None):
+def write_metrics(folder, method, gradients, last_step=None):
+    """`gradients` are correct and incorrect responses' norms and the noise, step by step."""
     path = folder / method / "metrics.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
-        {"step": step, "grad_norm_correct": correct, "grad_norm_incorrect": incorrect}
-        for step, (correct, incorrect) in enumerate(norms, start=1)
+        {"step": step, **dict(zip(scores.PATH_GRADIENTS, of_step, strict=True))}
+        for step, of_step in enumerate(gradients, start=1)
     ]
     if last_step is not None:
         rows[-1]["step"] = last_step
@@ -72,7 +74,7 @@ def runs(tmp_path):
     folder = tmp_path / "seed7"
     write_evaluation(folder, "base", {EASY: solutions(EASY, 2), HARD: []})
     write_evaluation(folder, "scope", {EASY: solutions(EASY, 3) + ["6"] * 5, HARD: solutions(HARD, 4)})
-    write_metrics(folder, "scope", [(1.0, 4.0), (None, None), (2.0, 6.0)])
+    write_metrics(folder, "scope", [(1.0, 4.0, 2.0), UNMEASURED, (2.0, 8.0, 7.0), (3.0, 0.0, 0.0)])
     return tmp_path
 
 
@@ -82,7 +84,7 @@ def read(runs, methods=("base", "scope"), seeds=(7,)):
 
 def test_the_numbers_are_those_worked_out_by_hand(runs):
     comparison = read(runs)
-    assert (comparison.num_problems, comparison.num_samples, comparison.steps) == (2, 8, 3)
+    assert (comparison.num_problems, comparison.num_samples, comparison.steps) == (2, 8, 4)
     before, after = (comparison.results[method]["1.0"][0] for method in ("base", "scope"))
     assert (before.average.value, before.passed.value) == (12.5, 50.0)
     assert (after.average.value, after.passed.value) == (75.0, 100.0)
@@ -92,7 +94,8 @@ def test_the_numbers_are_those_worked_out_by_hand(runs):
     assert before.average_gain is before.passed_gain is None
     assert before.solutions.value == 1.0  # two and none
     assert after.solutions.value == 3.5  # three and four: "6" is right, but not in every step
-    assert comparison.gradients == {"scope": [scores.PathGradients(1.5, 5.0)]}
+    # Without incorrect responses, as in the last step, there is no share of noise.
+    assert comparison.gradients == {"scope": [scores.PathGradients(2.0, 4.0, 3.0, (2 / 4 + 7 / 8) / 2)]}
 
 
 def test_pass_at_8_is_the_unbiased_estimate_from_all_samples(tmp_path):
@@ -112,7 +115,7 @@ def test_diversity_compares_equally_many_responses_to_the_problems_that_all_meth
     folder, texts = tmp_path / "seed7", solutions(EASY, 8)
     write_evaluation(folder, "base", {EASY: texts[:4], HARD: solutions(HARD, 3)})
     write_evaluation(folder, "scope", {EASY: texts[:4] + ["6"] * 4, HARD: solutions(HARD, 8)})
-    write_metrics(folder, "scope", [(1.0, 1.0)])
+    write_metrics(folder, "scope", [(1.0, 1.0, 1.0)])
     results = read(tmp_path).results
     base, scope = (results[method]["1.0"][0].diversity for method in ("base", "scope"))
     # HARD has three correct responses before training; of EASY the first four count for both.
@@ -135,8 +138,8 @@ def test_the_table_shows_gains_with_their_intervals(runs, capsys):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]
     gain = ["75.0", "+62.5 (+50.0 to +75.0)", "100.0", "+50.0 (+0.0 to +100.0)", "3.5"]
     assert [row[1:6] for row in rows if row[0] == "SCOPE"][:2] == [gain, gain]
-    assert ["SCOPE", "1.50", "5.00"] in rows
-    assert "2 held-out problems x 8 samples after 3 steps of training, seed 7." in text
+    assert ["SCOPE", "2.00", "4.00", "3.00", "0.69"] in rows
+    assert "2 held-out problems x 8 samples after 4 steps of training, seed 7." in text
     assert "(found.png)" in text
 
 
@@ -144,10 +147,11 @@ def test_several_seeds_show_their_mean_and_each_value_and_each_interval(runs):
     folder = runs / "seed8"
     write_evaluation(folder, "base", {EASY: ["6"], HARD: []})
     write_evaluation(folder, "scope", {EASY: ["6"] * 2, HARD: []})
-    write_metrics(folder, "scope", [(3.5, 7.0), (None, None), (None, None)])
+    write_metrics(folder, "scope", [(3.5, 7.0, 3.5), *[UNMEASURED] * 3])
     text = tables.markdown(read(runs, seeds=(7, 8)))
     assert "43.8 (75.0, 12.5)" in text
-    assert "2.50 (1.50, 3.50)" in text
+    assert "2.75 (2.00, 3.50)" in text
+    assert "0.59 (0.69, 0.50)" in text
     row = next(line for line in text.splitlines() if "SCOPE" in line and "to" in line)
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells == ["SCOPE", "+62.5 (+50.0 to +75.0)", "+6.2 (+0.0 to +12.5)"]
@@ -158,7 +162,7 @@ def test_the_picture_has_a_row_for_each_method_and_all_seeds(runs, seeds):
     for seed in seeds[1:]:
         write_evaluation(runs / f"seed{seed}", "base", {EASY: ["6"], HARD: []})
         write_evaluation(runs / f"seed{seed}", "scope", {EASY: ["6"] * 3, HARD: ["9"]})
-        write_metrics(runs / f"seed{seed}", "scope", [(1.0, 1.0)] * 3)
+        write_metrics(runs / f"seed{seed}", "scope", [(1.0, 1.0, 1.0)] * 4)
     comparison = read(runs, seeds=seeds)
     plot.draw(comparison, runs / "found.png")
     content = (runs / "found.png").read_bytes()
@@ -193,6 +197,13 @@ def _spoil_temperature(folder):
     path.write_text(path.read_text().replace('"temperature": 1.0', '"temperature": 0.9'))
 
 
+def _spoil_noise(run):
+    """As a run of before it was measured."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    del rows[1]["grad_noise_incorrect"]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def _spoil_responses(folder):
     path = scores.responses_file(folder, "scope", "0.6")
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
@@ -221,21 +232,25 @@ def _spoil_responses(folder):
             lambda f: (f / "scope" / "metrics.jsonl").write_text('{"step": 1}\n'),
             "metrics.jsonl:1: no grad_norm_correct",
         ),
+        (
+            lambda f: _spoil_noise(f / "scope"),
+            "metrics.jsonl:2: no grad_noise_incorrect in it; remove {runs}/seed7/scope and start",
+        ),
     ],
 )
 def test_input_that_does_not_compare_is_one_line(runs, capsys, spoil, message):
     spoil(runs / "seed7")
     assert compare.main([str(runs)]) == 1
     captured = capsys.readouterr()
-    assert message in captured.err
+    assert message.replace("{runs}", str(runs)) in captured.err
     assert captured.err.startswith("compare: ") and captured.err.count("\n") == 1
     assert captured.out == ""
 
 
 def test_methods_that_took_unequal_steps_do_not_compare(runs):
     write_evaluation(runs / "seed7", "opd", {EASY: [], HARD: []})
-    write_metrics(runs / "seed7", "opd", [(1.0, 1.0)], last_step=4)
-    with pytest.raises(scores.CompareError, match="methods took 3 and 4 steps"):
+    write_metrics(runs / "seed7", "opd", [(1.0, 1.0, 1.0)], last_step=5)
+    with pytest.raises(scores.CompareError, match="methods took 4 and 5 steps"):
         read(runs, ["base", "opd", "scope"])
 
 

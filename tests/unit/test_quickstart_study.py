@@ -159,10 +159,13 @@ def test_all_methods_of_a_seed_start_from_one_student_and_differ_in_the_objectiv
         assert dataclasses.replace(config, run=run, objective=scope.objective) == scope
     objectives = {name: config.objective for name, config in configs.items()}
     assert {name for name, objective in objectives.items() if objective.name == "scope"} == {
-        *("scope", "student_0", "student_reversed", "teacher_0", "teacher_reversed", "both_0")
+        *("scope", "reverse_kl", "student_0", "student_reversed", "teacher_0", "teacher_reversed", "both_0")
     }
+    divergences = {name: objective.divergence for name, objective in objectives.items()}
+    assert divergences.pop("reverse_kl") == "reverse_kl"
+    assert set(divergences.values()) == {"sampled"}
     exponents = {name: (o.student_exponent, o.teacher_exponent) for name, o in objectives.items()}
-    assert exponents["scope"] == (1, -1)
+    assert exponents["scope"] == exponents["reverse_kl"] == (1, -1)
     assert (exponents["student_0"], exponents["student_reversed"]) == ((0, -1), (-1, -1))
     assert (exponents["teacher_0"], exponents["teacher_reversed"]) == ((1, 0), (1, 1))
     assert exponents["both_0"] == (0, 0)
