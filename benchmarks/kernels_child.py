@@ -8,11 +8,8 @@ one contestant never help or hurt another.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import gc
 import json
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -27,25 +24,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import kernels_contestants as contestants  # noqa: E402  (needs the path)
+import kernels_linear as linear  # noqa: E402
+import process_memory  # noqa: E402
+from kernels_report import Case  # noqa: E402
 
 from megatron_scope.kernels import reference  # noqa: E402
-from megatron_scope.kernels.fused_linear import Coefficients, distill_loss  # noqa: E402
 
 CHECKED_TOKENS = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """`kind` is "logits" or "linear"; `vocab` counts all columns, `hidden` the student's and teacher's
-    hidden sizes.
-    """
-
-    kind: str
-    contestant: str
-    num_tokens: int
-    vocab: int
-    hidden: tuple[int, int] = (1024, 2048)
-    chunk_tokens: int = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +43,6 @@ class Prepared:
     gradient_bytes: int
     value_error: float | None
     gradient_error: float | None
-
-
-def memory(field: str) -> int:
-    """VmHWM or VmRSS of this process in bytes."""
-    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), flags=re.MULTILINE)
-    if found is None:
-        raise RuntimeError(f"/proc/self/status has no {field}; the benchmark needs Linux")
-    return 1024 * int(found[1])
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
@@ -122,81 +99,32 @@ def prepare_logits(case: Case, rank: int, world_size: int) -> Prepared:
 
 
 def prepare_linear(case: Case) -> Prepared:
-    """`ours`, or the bare GEMMs of the same chunks in a dtype: logits of both models, then the two gradients
-    of the student.
-    """
-    generator = torch.Generator().manual_seed(0)
+    name, chunk_tokens = case.contestant, case.chunk_tokens
+    whole = linear.make_problem(case.num_tokens, case.vocab, case.hidden, uniform=name == linear.LIGER)
+    if name in linear.BARE:
+        return Prepared(linear.BARE[name](whole, chunk_tokens), 0, None, None)
 
-    def normal(*shape: int, scale: float) -> Tensor:
-        return (torch.randn(shape, generator=generator) * scale).bfloat16()
-
-    student, teacher = (
-        (normal(case.num_tokens, d, scale=1.0), normal(case.vocab, d, scale=2 / d**0.5)) for d in case.hidden
-    )
-    targets = torch.randint(0, case.vocab, (case.num_tokens,), generator=generator)
-    factors = Coefficients(
-        *(None if name == "jsd" else torch.rand(case.num_tokens) for name in Coefficients._fields)
-    )
-    gradient_bytes = 4 * student[1].numel() + 2 * student[0].numel()  # the table's is summed in float32
-    if case.contestant != "ours":
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[case.contestant.split()[-1]]
-        return Prepared(_bare_products(student, teacher, dtype, case.chunk_tokens), 0, None, None)
-
-    def differentiate(rows: slice, vocab: int) -> tuple[Tensor, ...]:
-        hidden, weight = (t.detach().requires_grad_(True) for t in (student[0][rows], student[1][:vocab]))
-        chosen = Coefficients(*(None if factor is None else factor[rows] for factor in factors))
-        loss, _ = distill_loss(
-            hidden,
-            weight,
-            teacher[0][rows],
-            teacher[1][:vocab],
-            targets[rows] % vocab,
-            chosen,
-            chunk_tokens=case.chunk_tokens,
-        )
+    def differentiate(num_tokens: int, vocab: int) -> tuple[Tensor, linear.Problem]:
+        problem = whole.part(num_tokens, vocab)
+        loss = linear.LINEAR[name](problem, chunk_tokens)
         loss.backward()
-        assert hidden.grad is not None and weight.grad is not None
-        return loss.detach(), hidden.grad, weight.grad
+        return loss.detach(), problem
 
-    rows, vocab = slice(0, CHECKED_TOKENS), min(case.vocab, 10_000)
-    loss, hidden_grad, weight_grad = differentiate(rows, vocab)
-    hidden, weight = (t.double().requires_grad_(True) for t in (student[0][rows], student[1][:vocab]))
-    chosen = Coefficients(*(None if factor is None else factor[rows] for factor in factors))
-    exact, _ = reference.distill_loss(
-        hidden, weight, teacher[0][rows], teacher[1][:vocab], targets[rows] % vocab, chosen
-    )
+    small = CHECKED_TOKENS, min(case.vocab, 10_000)
+    loss, problem = differentiate(*small)
+    double = whole.part(*small, torch.float64)
+    exact = linear.exact(double, with_logprob=name == linear.OURS)
     exact.backward()
-    assert hidden.grad is not None and weight.grad is not None
     return Prepared(
-        run=lambda: differentiate(slice(0, case.num_tokens), case.vocab),
-        gradient_bytes=gradient_bytes,
+        run=lambda: differentiate(case.num_tokens, case.vocab),
+        # The table's is summed in float32, whatever the contestant does.
+        gradient_bytes=4 * whole.student_weight.numel() + 2 * whole.student_hidden.numel(),
         value_error=relative_error(loss, exact.detach()),
         gradient_error=max(
-            relative_error(hidden_grad, hidden.grad), relative_error(weight_grad, weight.grad)
+            relative_error(mine, want)
+            for mine, want in zip(problem.gradients(), double.gradients(), strict=True)
         ),
     )
-
-
-def _bare_products(
-    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], dtype: torch.dtype, chunk_tokens: int
-) -> Callable[[], Any]:
-    hidden, weight, teacher_hidden, teacher_weight = (t.to(dtype) for t in (*student, *teacher))
-    dz, other = torch.empty(2, chunk_tokens, weight.shape[0], dtype=dtype)
-    weight_grad, hidden_grad = torch.zeros_like(weight), torch.empty_like(hidden)
-    dz.zero_()  # so that no page is touched first within the measured time
-    other.zero_()
-    hidden_grad.zero_()
-
-    def run() -> None:
-        for start in range(0, hidden.shape[0], chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            here = slice(0, len(hidden[rows]))
-            torch.mm(hidden[rows], weight.T, out=dz[here])
-            torch.mm(teacher_hidden[rows], teacher_weight.T, out=other[here])
-            torch.mm(dz[here], weight, out=hidden_grad[rows])
-            weight_grad.addmm_(dz[here].T, hidden[rows])
-
-    return run
 
 
 def main() -> None:
@@ -208,19 +136,17 @@ def main() -> None:
     prepared = prepare_logits(case, rank, world_size) if case.kind == "logits" else prepare_linear(case)
     if world_size > 1:
         dist.barrier()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the check left free in the heap would hide what the run needs
-    before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
-    started = time.perf_counter()
+    before = process_memory.begin()
+    started, cpu_started = time.perf_counter(), time.process_time()
     kept = prepared.run()
-    seconds = time.perf_counter() - started
-    extra = memory("VmHWM") - before - prepared.gradient_bytes
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    extra = process_memory.resident_bytes("VmHWM") - before - prepared.gradient_bytes
     del kept
     print(
         json.dumps(
             {
                 "seconds": seconds,
+                "cpu_seconds": cpu_seconds,
                 "extra_bytes": extra,
                 "value_error": prepared.value_error,
                 "gradient_error": prepared.gradient_error,

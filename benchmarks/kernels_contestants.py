@@ -63,7 +63,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, shard: Shard) -> Tensor:
         ctx.columns = slice(shard.start, shard.start + shard.width)
         if shard.world_size == 1:
-            return logits.clone()
+            return logits.view_as(logits)
         parts = [torch.empty_like(logits) for _ in range(shard.world_size)]
         dist.all_gather(parts, logits.contiguous(), group=shard.group)
         return torch.cat(parts, dim=1)
@@ -198,7 +198,7 @@ def trl(student: Tensor, teacher: Tensor, targets: Tensor, shard: Shard) -> Outp
 
 
 TRL = "TRL generalized_jsd_loss (KL alone)"
-CHUNKS = (16, 64, 256)
+CHUNKS = (4, 8, 16, 64)
 LOGITS: dict[str, Callable[..., Outputs]] = {
     "ours": ours,
     "gather + log_softmax + kl_div": gathered,

@@ -50,13 +50,14 @@ def test_every_contestant_computes_the_references_numbers_and_gradient(load):
 
 
 def test_the_table_has_medians_ratios_to_ours_and_memory_in_shards(load):
-    kernels = load("kernels")
+    kernels = load("kernels_report")
     shard_bytes = 2 * 10 * 50
     ours, other = (
         kernels.Measurement(
             case=kernels.Case("logits", name, num_tokens=10, vocab=100),
             tensor_parallel=2,
             seconds=seconds,
+            cpu_seconds=[value / 2 for value in seconds],
             extra_bytes=[shares * shard_bytes for shares in (1, 3, 2)],
             value_error=1e-7,
             gradient_error=None,
@@ -64,8 +65,8 @@ def test_the_table_has_medians_ratios_to_ours_and_memory_in_shards(load):
         for name, seconds in (("ours", [2.0, 9.0, 1.0]), ("other", [5.0, 4.0, 9.0]))
     )
     header, _, *rows = kernels.table([ours, other]).splitlines()
-    assert header.startswith("| | seconds | times ours | extra memory, u |")
+    assert header.startswith("| | seconds | runs | times ours | CPU seconds | times ours | extra memory, u |")
     assert rows == [
-        "| ours | 2.000 (1.000 to 9.000) | 1.00 | 2.00 | 1e-07 |  |",
-        "| other | 5.000 (4.000 to 9.000) | 2.50 | 2.00 | 1e-07 |  |",
+        "| ours | 2.000 (1.000 to 9.000) | 3 | 1.00 | 1.000 | 1.00 | 2.00 | 1e-07 |  |",
+        "| other | 5.000 (4.000 to 9.000) | 3 | 2.50 | 2.500 | 2.50 | 2.00 | 1e-07 |  |",
     ]
