@@ -1,6 +1,7 @@
 """The kernels' benchmark: what it compares with computes the same numbers, and its table is right."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -70,3 +71,14 @@ def test_the_table_has_medians_ratios_to_ours_and_memory_in_shards(load):
         "| ours | 2.000 (1.000 to 9.000) | 3 | 1.00 | 1.000 | 1.00 | 2.00 | 1e-07 |  |",
         "| other | 5.000 (4.000 to 9.000) | 3 | 2.50 | 2.500 | 2.50 | 2.00 | 1e-07 |  |",
     ]
+
+
+def test_the_gpus_script_runs_whole_on_a_cpu(load, tmp_path, capsys):
+    sizes = ["--tokens", "6", "--columns", "48", "--width", "8", "--chunk", "4"]
+    few = ["--warmups", "1", "--iterations", "3", "--device", "cpu", "--out", str(tmp_path)]
+    load("kernels_gpu").main([*sizes, *few])
+    printed = capsys.readouterr().out
+    assert (tmp_path / "kernels_gpu.md").read_text().strip() == printed.strip()
+    parts = json.loads((tmp_path / "kernels_gpu.json").read_text())["parts"]
+    rows = [row for part in parts.values() for row in part["rows"] if row["name"].startswith("ours")]
+    assert len(rows) == 3 and all(row["share_of_ceiling"] > 0 for row in rows)
