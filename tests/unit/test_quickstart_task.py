@@ -216,6 +216,8 @@ def test_every_method_takes_the_configs_steps_and_is_a_valid_config():
         "opd": "opd",
         "grpo": "grpo",
     }
+    exact = {name for name, config in configs.items() if config.objective.divergence.value == "reverse_kl"}
+    assert exact == {"reverse_kl"}
     exponents = {
         name: (config.objective.student_exponent, config.objective.teacher_exponent)
         for name, config in configs.items()
@@ -223,6 +225,7 @@ def test_every_method_takes_the_configs_steps_and_is_a_valid_config():
     }
     assert exponents == {
         "scope": (1, -1),
+        "reverse_kl": (1, -1),
         "student_0": (0, -1),
         "student_reversed": (-1, -1),
         "teacher_0": (1, 0),
