@@ -116,9 +116,9 @@ class ServerClient:
         )
         if answer.get("success") is not True:
             raise SyncError(f"{where}: the server did not take {path}: {one_line(answer.get('message'))}")
-        info = as_object(
-            await self._request("GET", "/server_info", None, SyncError), self._at("/server_info"), SyncError
-        )
+        # SGLang's /server_info goes on telling the version that the server was started with.
+        path = "/model_info"
+        info = as_object(await self._request("GET", path, None, SyncError), self._at(path), SyncError)
         got = info.get("weight_version")
         if str(got) != str(version):
             raise SyncError(

@@ -274,7 +274,7 @@ def test_new_weights_are_read_back() -> None:
     fake = on_fake(
         lambda client: client.update_weights_from_disk("/w", 4),
         update_weights_from_disk=done,
-        server_info=answering({"weight_version": "4"}),
+        model_info=answering({"weight_version": "4"}),
     )
     assert fake.bodies[0]["model_path"] == "/w" and fake.bodies[0]["weight_version"] == "4"
 
@@ -294,7 +294,7 @@ def test_weights_that_did_not_arrive_are_a_sync_error(update: Any, info: Any, sa
         on_fake(
             lambda client: client.update_weights_from_disk("/w", 4),
             update_weights_from_disk=answering(update),
-            server_info=answering(info),
+            model_info=answering(info),
         )
 
 
