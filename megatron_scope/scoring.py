@@ -104,19 +104,15 @@ class Scorer:
         settings, teacher = self.config.objective, self.teacher
         if teacher is None or settings.divergence is Divergence.SAMPLED:
             return None
+        scale = settings.student_temperature / settings.teacher_temperature
         limit = int(self.config.teacher.hidden_states_gb * 1e9)
-        states = TeacherStates(
-            teacher,
-            HiddenStates(self.ranks, limit),
-            settings.divergence,
-            scale=settings.student_temperature / settings.teacher_temperature,
-        )
+        kept = TeacherStates(teacher, HiddenStates(self.ranks, limit), settings.divergence, scale)
         if self.config.teacher.hidden_states_overflow is Overflow.FILE:
-            return states
+            return kept
         token_bytes = teacher.shape.hidden_size * teacher.config.params_dtype.itemsize
         needed = sum(len(response.output_ids) for response in responses if mask[response.index]) * token_bytes
         if largest(self.ranks, needed) <= limit * self.ranks.tensor_size:
-            return states
+            return kept
 
         def teacher_pass(indices: Sequence[int], hidden: HiddenStates) -> None:
             wanted = mask & np.isin(np.arange(len(mask)), indices)
@@ -124,10 +120,9 @@ class Scorer:
             keep_hidden_states(teacher, self.pack(chosen), self.ranks, hidden)
 
         fitting = limit * self.ranks.tensor_size // (self.config.train.micro_batch_tokens * token_bytes)
+        on_demand = OnDemand(max(1, fitting), teacher_pass)
         return dataclasses.replace(
-            states,
-            hidden=HiddenStates(self.ranks, limit_bytes=None),
-            on_demand=OnDemand(max(1, fitting), teacher_pass),
+            kept, hidden=HiddenStates(self.ranks, limit_bytes=None), on_demand=on_demand
         )
 
     def token_logprobs(
