@@ -1,4 +1,4 @@
-"""A set of requests on its way through the pool: each sample is handed on exactly once, or an error raised."""
+"""Requests on their way through the pool: each sample is handed on exactly once, or an error is raised."""
 
 from __future__ import annotations
 

@@ -52,8 +52,8 @@ async def check_identity(client: ServerClient, expected: Expectation) -> None:
     model, server = await client.model_info(), await client.server_info()
     if model.get("is_generation") is not True:
         raise RolloutError(
-            f"{client.url}: serves {model.get('model_path')!r}, which generates nothing; start the server with "
-            "the student's model"
+            f"{client.url}: serves {model.get('model_path')!r}, which generates nothing; start the server "
+            "with the student's model"
         )
     if not expected.any_sglang_version:
         _check_version(client.url, server.get("version"))
@@ -62,8 +62,8 @@ async def check_identity(client: ServerClient, expected: Expectation) -> None:
     differing = _differences(expected.model, model, server)
     if differing:
         raise RolloutError(
-            f"{client.url}: serves another model, {model.get('model_path')!r} ({', '.join(differing)}); start "
-            "the server with the student's model, or mend rollout.servers"
+            f"{client.url}: serves another model, {model.get('model_path')!r} ({', '.join(differing)}); "
+            "start the server with the student's model, or mend rollout.servers"
         )
 
 
@@ -83,9 +83,7 @@ def _differences(expected: dict[str, Any], model: dict[str, Any], server: dict[s
     """In which of the settings that both sides tell the server's model is not the expected one."""
     served = {key: model.get(key) for key in ("model_type", "architectures")}
     served["vocab_size"] = server.get("vocab_size")
-    served |= {
-        key: value for key, value in _shape_on_disk(model.get("model_path")).items() if value is not None
-    }
+    served |= _shape_on_disk(model.get("model_path"))
     return [
         f"{key} {value}, expected {expected[key]}"
         for key, value in served.items()
@@ -99,7 +97,7 @@ def _shape_on_disk(model_path: Any) -> dict[str, Any]:
         config = _read_config(Path(str(model_path)))
     except DataError:
         return {}
-    return {key: config.get(key) for key in SHAPE_KEYS}
+    return {key: config[key] for key in SHAPE_KEYS if key in config}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -33,8 +33,8 @@ class ServerPool:
         """Delivers new weights to every server and reads the version back.
 
         The first time every server must be there, be what is expected and take the weights: RolloutError or
-        SyncError for the first that is not. Later a server that fails is taken out, and one that was out comes
-        in; SyncError when none is left.
+        SyncError for the first that is not. Later a server that fails is taken out, and one that was out
+        comes in; SyncError when none is left.
         """
         if self._roster.delivery is None:
             await self._publish_first(delivery)
@@ -50,8 +50,8 @@ class ServerPool:
     ) -> None:
         """Awaits `on_rollout` with one Rollout for each request, in whatever order they arrive.
 
-        Every response is of weight `version`. A prompt's requests go to one server, which then reads it once.
-        Up to `max_untaken` calls of `on_rollout` are open at a time; while as many are, nothing more is asked.
+        Every response is of weight `version`. A prompt's requests go to one server, which then reads it
+        once. Up to `max_untaken` calls of `on_rollout` are open at a time; meanwhile nothing more is asked.
         The first request that finally fails ends the others, and its error is raised, as are those of
         `on_rollout`; RolloutError when no server is left for `start_timeout_s`.
         """

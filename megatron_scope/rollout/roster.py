@@ -111,7 +111,7 @@ class Roster:
             asked.look.set()
 
     def nobody_left(self, failure: type[ScopeError], what: str) -> ScopeError:
-        """The error that names every server and why it is out; raises a better explanation if there is one."""
+        """The error that names every server and why it is out; raises a better explanation where known."""
         self._servers.explain()
         seen = "; ".join(f"{member.url}: {member.reason}" for member in self.members)
         return failure(f"{what}: {seen}. Start a server, or mend rollout.servers")
