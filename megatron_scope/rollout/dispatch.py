@@ -136,7 +136,7 @@ class Dispatch:
             return
         error = task.exception()
         if error is None:
-            asked.num_failures = 0
+            asked.answered()
             taking = asyncio.create_task(self._hand_on(task.result()))
             taking.add_done_callback(self._note)
             self._untaken.add(taking)

@@ -33,6 +33,7 @@ class Member:
     outstanding_tokens: int = 0  # prompt and most new tokens of what it was asked and has not answered
     tasks: set[asyncio.Task[Rollout]] = field(default_factory=set)
     look: asyncio.Event = field(default_factory=asyncio.Event)  # set: its health is to be looked at now
+    num_answers: int = 0
     num_failures: int = 0  # since its last answer, each followed by a look that found it healthy
 
     @property
@@ -49,6 +50,11 @@ class Member:
         """It is over, one way or another."""
         self.tasks.discard(task)
         self.outstanding_tokens -= num_tokens
+
+    def answered(self) -> None:
+        """A response came from it."""
+        self.num_answers += 1
+        self.num_failures = 0
 
     def suspect(self, reason: str) -> None:
         """A request failed there; requests in flight go on, new ones wait for a look at its health."""

@@ -186,7 +186,10 @@ class Roster:
 
     async def examine(self, member: Member, *, version_too: bool = True) -> None:
         """Looks at a server that is in, and takes it out where it is not well or has other weights."""
+        num_answers = member.num_answers
         unhealthy = await member.client.health()
+        if unhealthy is not None and unhealthy.silent and member.num_answers > num_answers:
+            unhealthy = None  # busy, not hung: it has answered requests meanwhile
         reason = None if unhealthy is None else unhealthy.reason
         if reason is None and version_too and member is not self.router:
             reason = await self._version_trouble(member)
