@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from aiohttp import web
@@ -13,7 +12,9 @@ from aiohttp import web
 from megatron_scope.errors import RolloutError
 from megatron_scope.records import Rollout
 from tests.unit.rollout.pool_server import (
+    CLIENT,
     OPTIONS,
+    PARAMS,
     VERSION,
     Collected,
     PoolServer,
@@ -47,7 +48,7 @@ def test_a_group_stays_on_one_server() -> None:
 
 
 def test_a_new_group_goes_to_the_server_with_the_fewest_outstanding_tokens() -> None:
-    """Prompt k has k + 1 tokens and 4 new ones: 5, 6, 7, 8; so the second server gets the second and third."""
+    """Prompt k has k + 1 tokens, and 4 new ones: 5, 6, 7, 8."""
 
     async def run() -> None:
         async with staged(PoolServer(), PoolServer()) as stage:
@@ -118,17 +119,11 @@ def test_cancelling_a_run_leaves_the_pool_as_it_was() -> None:
         async with staged(PoolServer(delay_s=0.2)) as stage:
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.1):
-                    await stage.pool.run(group_requests(8, 1), params(), VERSION, Collected().take)
+                    await stage.pool.run(group_requests(8, 1), PARAMS, VERSION, Collected().take)
             stage.servers[0].delay_s = 0
             await stage.collect(group_requests(4, 2))
 
     asyncio.run(run())
-
-
-def params() -> Any:
-    from tests.unit.rollout.pool_server import PARAMS
-
-    return PARAMS
 
 
 def test_a_refused_request_is_an_error_at_once_and_ends_the_others() -> None:
@@ -234,7 +229,8 @@ def test_only_published_weights_can_be_asked_for() -> None:
 def test_two_thousand_requests_in_flight() -> None:
     async def run() -> None:
         options = dataclasses.replace(OPTIONS, max_concurrent=2000)
-        async with staged(PoolServer(delay_s=0.5), options=options) as stage:
+        patient = dataclasses.replace(CLIENT, probe_timeout_s=10)  # all of it runs in one thread here
+        async with staged(PoolServer(delay_s=0.5), options=options, client=patient) as stage:
             await stage.collect(group_requests(250, 8))
             assert stage.servers[0].most == 2000
 
