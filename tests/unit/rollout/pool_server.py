@@ -44,8 +44,12 @@ class PoolServer:
         self.updates: list[str] = []
         self.aborts = 0
         self.fail: Callable[[], web.Response | None] = lambda: None
-        self.hangs = asyncio.Event()
-        self.hangs.set()  # set: it goes on
+        self.goes_on = asyncio.Event()  # cleared: it hangs
+        self.goes_on.set()
+        self.health_delay_s = 0.0
+        self.refuses_weights = self.forgets_weights = False
+        self.crowd = 0  # requests that have to be inside at once before any is answered
+        self._is_crowded = asyncio.Event()
         self._runner: web.AppRunner | None = None
         self.port = 0
 
@@ -83,16 +87,16 @@ class PoolServer:
         for connection in list(runner.server.connections):
             if connection.transport is not None:
                 connection.transport.abort()
-        self.hangs.set()
+        self.goes_on.set()
         await runner.cleanup()
 
     def hang(self) -> None:
         """Goes on accepting connections, and answers nothing."""
-        self.hangs.clear()
+        self.goes_on.clear()
 
     def _guarded(self, handler: Callable[[web.Request], Any]) -> Callable[[web.Request], Any]:
         async def guarded(request: web.Request) -> web.StreamResponse:
-            await self.hangs.wait()
+            await self.goes_on.wait()
             has_key = request.headers.get("Authorization") == f"Bearer {self.key}"
             if self.key is not None and request.path != "/health" and not has_key:
                 return web.json_response({"error": "Unauthorized"}, status=401)
@@ -101,6 +105,7 @@ class PoolServer:
         return guarded
 
     async def _health(self, request: web.Request) -> web.Response:
+        await asyncio.sleep(self.health_delay_s)
         return web.Response()
 
     async def _model_info(self, request: web.Request) -> web.Response:
@@ -111,9 +116,12 @@ class PoolServer:
         return web.json_response({"version": self.sglang, "weight_version": "default"})
 
     async def _update(self, request: web.Request) -> web.Response:
+        if self.refuses_weights:
+            return web.json_response({"success": False, "message": "full disk"}, status=400)
         body = await request.json()
         self.updates.append(body["weight_version"])
-        self.version = body["weight_version"]
+        if not self.forgets_weights:
+            self.version = body["weight_version"]
         return web.json_response({"success": True, "message": "ok"})
 
     async def _abort(self, request: web.Request) -> web.Response:
@@ -130,8 +138,11 @@ class PoolServer:
         self.now += 1
         self.most = max(self.most, self.now)
         try:
+            if self.now >= self.crowd:
+                self._is_crowded.set()
+            await self._is_crowded.wait()
             await asyncio.sleep(self.delay_s)
-            await self.hangs.wait()
+            await self.goes_on.wait()
         finally:
             self.now -= 1
         token = body["sampling_params"]["sampling_seed"] % VOCAB_SIZE

@@ -230,7 +230,8 @@ def test_two_thousand_requests_in_flight() -> None:
     async def run() -> None:
         options = dataclasses.replace(OPTIONS, max_concurrent=2000)
         patient = dataclasses.replace(CLIENT, probe_timeout_s=10)  # all of it runs in one thread here
-        async with staged(PoolServer(delay_s=0.5), options=options, client=patient) as stage:
+        async with staged(PoolServer(), options=options, client=patient) as stage:
+            stage.servers[0].crowd = 2000
             await stage.collect(group_requests(250, 8))
             assert stage.servers[0].most == 2000
 
