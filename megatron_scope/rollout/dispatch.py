@@ -13,7 +13,7 @@ from typing import Any
 from megatron_scope.errors import RolloutError
 from megatron_scope.records import Rollout, SamplingParams
 from megatron_scope.rollout.client import ServerFailure
-from megatron_scope.rollout.member import Member, State
+from megatron_scope.rollout.member import Member
 from megatron_scope.rollout.roster import PoolOptions, Roster
 from megatron_scope.rollout.wire import RolloutRequest, StaleWeights
 
@@ -83,7 +83,7 @@ class Dispatch:
             asked = self._roster.choose(home)
             if asked is None:
                 return
-            if home is None or home.state is not State.IN:
+            if asked is not self._roster.router and (home is None or not home.is_kept):
                 self._homes[prompt.id] = asked
             self._waiting.popleft()
             task = asyncio.create_task(

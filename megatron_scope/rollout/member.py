@@ -41,6 +41,11 @@ class Member:
         """The server's address."""
         return self.client.url
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether it may be asked again, at once or soon."""
+        return self.is_listed and self.state is not State.OUT
+
     def begin(self, task: asyncio.Task[Rollout], num_tokens: int) -> None:
         """A request of `num_tokens` at most is on its way."""
         self.tasks.add(task)

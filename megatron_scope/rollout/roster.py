@@ -84,14 +84,13 @@ class Roster:
             and all(member.state is State.IN for member in listed)
         ):
             return router if len(router.tasks) < len(listed) * self._options.max_concurrent else None
-        if home is not None and self._has_room(home):
-            return home
         able = [member for member in listed if self._has_room(member)]
+        if home in able:
+            return home
         return min(able, key=lambda member: member.outstanding_tokens, default=None)
 
     def _has_room(self, member: Member) -> bool:
-        is_free = len(member.tasks) < self._options.max_concurrent
-        return member.state is State.IN and member.is_listed and is_free
+        return member.state is State.IN and len(member.tasks) < self._options.max_concurrent
 
     def suspect(self, asked: Member, reason: str) -> None:
         """A request to `asked` failed; behind a router it may have been any server's fault."""

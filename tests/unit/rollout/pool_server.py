@@ -24,7 +24,7 @@ PARAMS = SamplingParams(temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=4, 
 VERSION = 1
 MODEL = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 CLIENT = ClientOptions(
-    request_timeout_s=20, control_timeout_s=5, probe_timeout_s=0.3, num_retries=1, first_delay_s=0.01
+    request_timeout_s=300, control_timeout_s=5, probe_timeout_s=0.3, num_retries=1, first_delay_s=0.01
 )
 OPTIONS = PoolOptions(max_concurrent=4, health_interval_s=0.05, start_timeout_s=10)
 
