@@ -3,12 +3,12 @@
 
     python tools/install_sglang_cpu.py [--dir DIR]
 
-The environment is cached (default: megatron_scope/ in $XDG_CACHE_HOME or ~/.cache), under a name that holds a
-hash of all that goes into it: a second call returns at once, and a changed list makes a new one. Callers at the
-same time wait for one another. What was not finished is made anew.
+The environment is cached (default: megatron_scope/ in $XDG_CACHE_HOME or ~/.cache), under a name that holds
+a hash of all that goes into it: a second call returns at once, and a changed list makes a new one. Callers at
+the same time wait for one another. What was not finished is made anew.
 
-This script needs nothing but Python 3.11 and pip's way to a package index. On an index that serves the CUDA build
-of torch first, point pip at the CPU build (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS): it is smaller by gigabytes.
+This script needs nothing but Python 3.11 and pip's way to a package index. Where that has the CUDA build of
+torch first, point pip at the CPU build (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS): it is smaller by gigabytes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class InstallError(Exception):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dir", metavar="DIR", type=Path, help="make it here (default: the cache)")
     options = parser.parse_args(arguments)
     try:
@@ -122,14 +122,14 @@ def _add_stand_ins(python: Path) -> None:
 def _run(command: list[str], doing: str) -> str:
     """What the command prints; InstallError with the end of that where it fails."""
     # A checkout on PYTHONPATH, or an active environment, must not reach into the new one.
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    kept = os.environ.keys() - {"PYTHONPATH", "PYTHONHOME"}
     done = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
+        env={name: os.environ[name] for name in kept},
         check=False,
     )
     if done.returncode:

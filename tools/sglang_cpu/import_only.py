@@ -2,8 +2,8 @@
 
 SGLang imports torchvision and sgl_kernel at its top, for images and kernels that a text model on a CPU never
 reaches: there all mathematics is SGLang's torch-native code. Neither can be had for every CPU: torchvision's
-wheel wants the CUDA build of torch, sgl_kernel's a GPU or a CPU with AMX. These stand-ins answer the imports and
-compute nothing: whatever calls one is told so by an error.
+wheel wants the CUDA build of torch, sgl_kernel's a GPU or a CPU with AMX. These stand-ins answer the imports
+and compute nothing: whatever calls one is told so by an error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Placeholder:
         return _named(self, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(f"{self.__name__} is an import-only stand-in on this CPU: it computes nothing")
+        raise NotImplementedError(f"{self.__name__} is a stand-in for imports alone: it computes nothing")
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
         return (object,)
@@ -41,7 +41,7 @@ class Placeholder:
 class ImportOnlyModule(types.ModuleType):
     """A package with every name and every submodule that one may ask for."""
 
-    __path__: list[str] = []  # no file of ours is a submodule
+    __path__ = ()  # no file of ours is a submodule
 
     def __getattr__(self, name: str) -> Any:
         return _named(self, name)
@@ -78,5 +78,5 @@ def make_import_only(package: str) -> None:
     """Turns a package, while it is being imported, into an import-only one; what it defines stays."""
     module = sys.modules[package]
     module.__class__ = ImportOnlyModule
-    module.__path__ = []
+    module.__path__ = ()
     sys.meta_path.insert(0, _Finder(package))

@@ -10,7 +10,7 @@ from typing import Any
 from import_only import Placeholder
 
 __version__ = "0.0.0"
-__path__: list[str] = []
+__path__ = ()
 
 
 def __getattr__(name: str) -> Any:
