@@ -71,6 +71,7 @@ class SglangServer:
             device="cpu",
             port=self.port,
             tp=tp,
+            cores=os.cpu_count() or 1,
             python=python,
             extra=("--max-total-tokens", str(CACHE_TOKENS), *extra),
         )
