@@ -1,9 +1,11 @@
 """The command line of a SGLang server, from a config."""
 
 import json
+import sys
 
 import pytest
 
+from megatron_scope import cli
 from megatron_scope.config import parse_config
 from megatron_scope.errors import ConfigError, DataError
 from megatron_scope.rollout.launch import CPU_CACHE_TOKENS, LaunchOptions, launch_command
@@ -167,3 +169,78 @@ def test_a_folder_without_a_sound_config_is_named(command, folders, text):
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(DataError, match=r"student/config\.json: .*; expected a Hugging Face model folder"):
         command()
+
+
+# ---- the command
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command; returns exit code, stdout and stderr."""
+
+    def call(*arguments):
+        code = cli.main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def served(tmp_path):
+    """The path of a config whose student has 64 positions."""
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 64}')
+    path = tmp_path / "launch.yaml"
+    path.write_text(
+        f"student: {{hf: {tmp_path}}}\n"
+        "data: {max_prompt_tokens: 32}\n"
+        "rollout: {max_new_tokens: 30, api_key_env: SERVER_KEY}\n"
+    )
+    return path
+
+
+def test_launch_prints_one_command_line_without_the_key(run, served, tmp_path, monkeypatch):
+    monkeypatch.setenv("SERVER_KEY", "secret")
+    words = ("--role", "rollout", "train.precision=float32", "--python", "python3", "--", "--trust", "a b")
+    code, out, err = run("launch", served, *words)
+    assert (code, err) == (0, "") and out.count("\n") == 1
+    assert f"python3 -m sglang.launch_server --model-path {tmp_path} " in out
+    assert " --dtype float32 --context-length 64 " in out
+    assert out.endswith(" --trust 'a b' --api-key \"$SERVER_KEY\"\n") and "secret" not in out
+
+
+def test_launch_runs_what_it_prints_with_the_key(run, served, monkeypatch):
+    monkeypatch.setenv("SERVER_KEY", "secret")
+    became = []
+    monkeypatch.setattr("os.execvpe", lambda *call: became.append(call))
+    words = ("launch", served, "--role", "rollout", "--device", "cpu", "--python", sys.executable)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    code, printed, err = run(*words, "--run")
+    assert (code, err) == (0, "")
+    ((program, argv, environment),) = became
+    assert program == argv[0] == sys.executable and argv[-2:] == ["--api-key", "secret"]
+    assert environment["SGLANG_USE_CPU_ENGINE"] == "1" and environment["SERVER_KEY"] == "secret"
+    assert " ".join(argv[:-1]) in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--port", "0"), "--port is 0; expected 1 to 65535"),
+        (("--tp", "0"), "--tp is 0; expected 1 or more"),
+        (("rollout.max_new_tokens=31",), "lower one of the two to a sum of 62"),
+        (("rollout.max_new_tokens=0",), "rollout.max_new_tokens is 0: it must be 1 or more"),
+        (("student.hf=/nowhere",), "/nowhere/config.json"),
+        (("student.hf=null",), "student.hf is not set: --role rollout serves it"),
+        (("--run",), "rollout.api_key_env is SERVER_KEY, which is not set"),
+        (
+            ("--run", "rollout.api_key_env=null", "--python", "/nowhere/python"),
+            "--python is /nowhere/python, which cannot be run",
+        ),
+        (("--run", "rollout.api_key_env=null"), "has no sglang: install megatron_scope[sglang]"),
+    ],
+)
+def test_launch_refuses_what_cannot_be_served(run, served, monkeypatch, words, message):
+    monkeypatch.delenv("SERVER_KEY", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, out, err = run("launch", served, "--role", "rollout", *words)
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
