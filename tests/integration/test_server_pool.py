@@ -1,4 +1,4 @@
-"""The pool on two real SGLang servers that are killed, suspended and started again, and behind sglang-router."""
+"""The pool on two real SGLang servers that are killed, suspended and started again; behind sglang-router."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ PARAMS = SamplingParams(temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=60,
 # A tenth of the defaults: a server with nothing to do takes a second for /health, and the machine is small.
 CLIENT = ClientOptions(request_timeout_s=300, control_timeout_s=120, probe_timeout_s=15)
 OPTIONS = PoolOptions(max_concurrent=8, health_interval_s=1, start_timeout_s=300)
+PROMPTS = [Prompt(f"p{place}", (place, 2, 3), "", "math") for place in range(16)]
 REQUESTS = [
-    RolloutRequest(Prompt(f"p{place}", (place % 30, 2, 3), "", "math"), sample, sample_seed(1, 0, str(place), sample), f"0/p{place}/{sample}")
-    for place in range(16)
+    RolloutRequest(prompt, sample, sample_seed(1, 0, prompt.id, sample), f"0/{prompt.id}/{sample}")
+    for prompt in PROMPTS
     for sample in range(4)
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
