@@ -137,9 +137,7 @@ class Dispatch:
         error = task.exception()
         if error is None:
             asked.answered()
-            taking = asyncio.create_task(self._hand_on(task.result()))
-            taking.add_done_callback(self._note)
-            self._untaken.add(taking)
+            self._settle_answer(order, asked, task.result())
         elif isinstance(error, StaleWeights):
             self._roster.stale(asked, str(error))
             self._ask_again(order, str(error))
@@ -148,6 +146,15 @@ class Dispatch:
             self._ask_again(order, str(error))
         else:
             raise error
+
+    def _settle_answer(self, order: _Order, asked: Member, rollout: Rollout) -> None:
+        """Hands it on; one that was aborted, by whom we do not know, is asked again as long as may help."""
+        if rollout.finish_reason == "abort" and len(order.failures) + 1 < self._options.max_tries:
+            self._ask_again(order, f"{asked.url}: aborted")
+            return
+        taking = asyncio.create_task(self._hand_on(rollout))
+        taking.add_done_callback(self._note)
+        self._untaken.add(taking)
 
     def _ask_again(self, order: _Order, failure: str) -> None:
         order.failures.append(failure)

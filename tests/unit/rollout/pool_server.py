@@ -47,6 +47,7 @@ class PoolServer:
         self.goes_on = asyncio.Event()  # cleared: it hangs
         self.goes_on.set()
         self.health_delay_s = 0.0
+        self.num_aborts_due = 0
         self.refuses_weights = self.forgets_weights = False
         self.crowd = 0  # requests that have to be inside at once before any is answered
         self._is_crowded = asyncio.Event()
@@ -146,8 +147,12 @@ class PoolServer:
         finally:
             self.now -= 1
         token = body["sampling_params"]["sampling_seed"] % VOCAB_SIZE
+        reason = {"type": "length", "length": 1}
+        if self.num_aborts_due > 0:
+            self.num_aborts_due -= 1
+            reason = {"type": "abort", "message": "Abort in waiting queue"}
         meta = {
-            "finish_reason": {"type": "length", "length": 1},
+            "finish_reason": reason,
             "weight_version": version,
             "output_token_logprobs": [[-1.0, token, None]],
         }

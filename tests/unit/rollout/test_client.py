@@ -130,6 +130,11 @@ def test_sample_seeds_are_31_bits_and_depend_on_all_four() -> None:
         (changed("output_ids", [4, 5]), "3 log-probs for 2 output ids"),
         (changed("meta_info.output_token_logprobs!", None), "no log-probs for 3 output ids"),
         (changed("meta_info.output_token_logprobs", [[-1, 4, None]] * 3), "expected one of token 5"),
+        (
+            changed("meta_info.output_token_logprobs", [[-1, 4], [-1], [-1, 9]]),
+            "log-prob 1 is [-1]; expected",
+        ),
+        (changed("meta_info.output_token_logprobs", [[-1, 4], 5, [-1, 9]]), "log-prob 1 is 5; expected one"),
         (changed("output_ids", [4, 5, 10]), "not token ids in 0..9"),
         (changed("output_ids", [4, 5, -1]), "not token ids"),
         (changed("output_ids", [4, 5, 9, 9, 9]), "max_new_tokens is 4"),

@@ -161,6 +161,16 @@ def test_a_request_that_every_server_fails_on_is_an_error_that_names_it() -> Non
         asyncio.run(run())
 
 
+def test_an_aborted_sample_is_asked_again_and_in_the_end_handed_on_as_it_is() -> None:
+    async def run(num_aborts: int) -> list[str]:
+        async with staged(PoolServer()) as stage:
+            stage.servers[0].num_aborts_due = num_aborts
+            return [rollout.finish_reason for rollout in await stage.collect(group_requests(1, 1))]
+
+    assert asyncio.run(run(5)) == ["length"]
+    assert asyncio.run(run(50)) == ["abort"]
+
+
 def test_a_request_over_its_time_limit_is_asked_elsewhere() -> None:
     async def run() -> None:
         client = dataclasses.replace(CLIENT, request_timeout_s=0.2)
