@@ -4,6 +4,7 @@ and to the record.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class Controller:
         """Begins to sample (or read) and judge the responses of a step; they go on arriving between calls."""
         if self._arrivals is not None:
             await self._arrivals.stop()
-        self._arrivals = Arrivals(self._source.stream(step, version))
+        self._arrivals = Arrivals(functools.partial(self._source.produce, step, version))
 
     async def next_part(self, least_tokens: int | None) -> StepPart:
         """The usable responses that have arrived since the last call, once they have `least_tokens` response
