@@ -20,7 +20,7 @@ from megatron_scope.backend.scoring import (
 from megatron_scope.backend.setup import Ranks
 from megatron_scope.backend.token_loss import OnDemand, TeacherStates
 from megatron_scope.config import Config
-from megatron_scope.config.needs import needs_old_logprobs
+from megatron_scope.config.needs import corrects_engine, needs_old_logprobs
 from megatron_scope.config.schema import Divergence, Overflow
 from megatron_scope.errors import ScoringError
 from megatron_scope.objective import Objective
@@ -68,24 +68,30 @@ class Scorer:
             name: str,
             stage: StageModel | None,
             mask: np.ndarray,
-            temperature: float,
+            *temperatures: float,
             states: TeacherStates | None = None,
-        ) -> tuple[TokenLogprobs, np.ndarray]:
+        ) -> tuple[list[TokenLogprobs], np.ndarray]:
+            """Log-probs at each temperature, and the mean of each response at the first."""
             keep = states.hidden if states and not states.on_demand else None
-            tokens = self.token_logprobs(stage, responses, mask, temperature, keep)
-            mean = mean_logprobs(tokens, len(table), self.ranks)
+            tokens = self.token_logprobs(stage, responses, mask, temperatures, keep)
+            mean = mean_logprobs(tokens[0], len(table), self.ranks)
             _check_finite(name, mean, mask, names)
             return tokens, mean
 
-        student, student_mean = scored(
-            "student", self.student, everybody if keeps_old else for_weights, settings.student_temperature
+        also_at = [self.config.rollout.temperature] if keeps_old and corrects_engine(self.config) else []
+        (student, *at_rollout), student_mean = scored(
+            "student",
+            self.student,
+            everybody if keeps_old else for_weights,
+            settings.student_temperature,
+            *also_at,
         )
         by_teacher = objective.teacher_scored(table)
         states = self._teacher_states(responses, by_teacher)
-        teacher, teacher_mean = scored(
-            "teacher", self.teacher, by_teacher, settings.teacher_temperature, states
+        (teacher,), teacher_mean = scored(
+            "teacher", self.teacher, by_teacher, settings.teacher_temperature, states=states
         )
-        reference, _ = scored(
+        (reference,), _ = scored(
             "initial student",
             self.reference,
             objective.reference_scored(table),
@@ -94,7 +100,13 @@ class Scorer:
         return Scores(
             np.where(for_weights, student_mean, np.nan),
             teacher_mean,
-            KnownLogprobs(teacher, reference, student if keeps_old else None, states),
+            KnownLogprobs(
+                teacher,
+                reference,
+                student if keeps_old else None,
+                states,
+                old_at_rollout=at_rollout[0] if at_rollout else None,
+            ),
         )
 
     def _teacher_states(self, responses: Sequence[Response], mask: np.ndarray) -> TeacherStates | None:
@@ -130,17 +142,17 @@ class Scorer:
         stage: StageModel | None,
         responses: Sequence[Response],
         mask: np.ndarray,
-        temperature: float,
+        temperatures: Sequence[float],
         keep: HiddenStates | None = None,
-    ) -> TokenLogprobs:
-        """A model's log-probs of the responses in `mask`, bool [N]; nothing without a model. `keep` takes its
-        hidden states.
+    ) -> list[TokenLogprobs]:
+        """A model's log-probs of the responses in `mask`, bool [N], at each temperature; nothing without a
+        model. `keep` takes its hidden states.
         """
         if stage is None:
-            return TokenLogprobs({})
+            return [TokenLogprobs({}) for _ in temperatures]
         chosen = [response for response in responses if mask[response.index]]
         stop = self.config.teacher.stop_token_id if stage is self.teacher else None
-        return score(stage, self.pack(chosen), self.ranks, temperature, stop_token_id=stop, keep=keep)
+        return score(stage, self.pack(chosen), self.ranks, temperatures, stop_token_id=stop, keep=keep)
 
 
 def _check_finite(model: str, mean: np.ndarray, mask: np.ndarray, names: Sequence[str] | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_scope.config.schema import Config, ObjectiveName
+from megatron_scope.config.schema import Config, Correction, ObjectiveName
 
 
 def draws_responses(config: Config) -> bool:
@@ -23,3 +23,15 @@ def needs_reference(config: Config) -> bool:
 def needs_old_logprobs(config: Config) -> bool:
     """Whether pi_old must be kept: after a step's first update the student is not what it was (Eq. 1)."""
     return draws_responses(config) and config.train.updates_per_batch > 1
+
+
+def corrects_engine(config: Config) -> bool:
+    """Whether the loss is corrected for the gap between the engine that drew the responses and the
+    trainer.
+    """
+    return config.rollout.correction is Correction.TRUNCATED_IMPORTANCE
+
+
+def needs_engine_logprobs(config: Config) -> bool:
+    """Whether every response token must come with the log-prob of the engine that drew it."""
+    return corrects_engine(config) or config.rollout.logprob_gap_limit is not None

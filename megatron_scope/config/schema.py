@@ -22,6 +22,11 @@ class Truncated(StrEnum):
     DROP = "drop"
 
 
+class Correction(StrEnum):
+    NONE = "none"
+    TRUNCATED_IMPORTANCE = "truncated_importance"
+
+
 class ObjectiveName(StrEnum):
     SCOPE = "scope"
     OPD = "opd"
@@ -157,6 +162,13 @@ class RolloutConfig:
     request_timeout_s: float = 3600.0
     start_timeout_s: float = 900.0  # how long a server may take to become healthy
     api_key_env: str | None = None  # environment variable that holds the servers' API key
+    # Of the gap between the engine that draws a token and the trainer: each drawn token's loss is multiplied
+    # by min(pi_old / pi_engine, correction_cap).
+    correction: Correction = Correction.NONE
+    correction_cap: float = 2.0
+    # Mean |trainer - engine| log-prob, in nats per token, over which a step stops before its optimizer
+    # update; null never stops.
+    logprob_gap_limit: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

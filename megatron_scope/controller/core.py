@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_scope.config.needs import needs_engine_logprobs
 from megatron_scope.config.schema import Config, Truncated
 from megatron_scope.controller.rows import ResponseRecord, write_step
 from megatron_scope.controller.sources import Source, open_source
-from megatron_scope.errors import RolloutError
+from megatron_scope.errors import DataError, RolloutError
 from megatron_scope.records import JudgedRollout, Response, Rollout, RolloutCounts, SequenceLimits, StepBatch
 
 
@@ -30,7 +31,10 @@ class Controller:
         """Samples (or reads) and judges the responses of a step."""
         self._judged = await self._source.produce(step, version)
         skipped = int(self._source.state()["skipped"])
-        return make_batch(self._judged, self._config.rollout.truncated, self._limits, skipped)
+        batch = make_batch(self._judged, self._config.rollout.truncated, self._limits, skipped)
+        if needs_engine_logprobs(self._config):
+            check_engine_logprobs(batch)
+        return batch
 
     async def publish(self, folder: str, version: int) -> None:
         """Hands new weights to the rollout servers."""
@@ -105,6 +109,19 @@ def make_batch(
         names.append(name)
     oldest = min(judged[place].rollout.weight_version for place in places)
     return StepBatch(tuple(responses), tuple(names), counts, oldest)
+
+
+def check_engine_logprobs(batch: StepBatch) -> None:
+    """DataError that names the first response without a finite engine log-prob for each of its tokens."""
+    for response, name in zip(batch.responses, batch.names, strict=True):
+        missing = int((~np.isfinite(response.engine_logprobs)).sum())
+        if missing:
+            raise DataError(
+                f"{name} has no finite engine log-prob for {missing} of its {len(response.output_ids)} "
+                "tokens, but rollout.correction and rollout.logprob_gap_limit compare every one with the "
+                "trainer's; give rows with their engine_logprobs, or set rollout.correction=none and "
+                "rollout.logprob_gap_limit=null"
+            )
 
 
 def _check_length(rollout: Rollout, limits: SequenceLimits, name: str) -> None:

@@ -56,7 +56,7 @@ def token_logprobs(settings: dict[str, Any]) -> dict[str, dict[int, np.ndarray]]
         everyone = np.ones(len(batch.table), dtype=bool)
         models = {"student": trainer.student.stage, "teacher": trainer.scorer.teacher}
         scores = {
-            name: trainer.scorer.token_logprobs(stage, batch.responses, everyone, 1.0).by_response
+            name: trainer.scorer.token_logprobs(stage, batch.responses, everyone, [1.0])[0].by_response
             for name, stage in models.items()
         }
         return scores if ranks.speaks_for_scores else {name: {} for name in models}
