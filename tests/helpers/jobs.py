@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_scope.config import parse_config
 from megatron_scope.config.schema import ParallelConfig, Precision
+from megatron_scope.errors import ScopeError
 
 
 @contextlib.contextmanager
@@ -40,6 +41,15 @@ def train(settings: dict[str, Any], resume: bool = False) -> list[dict[str, Any]
         trainer = Trainer(config, ranks, resume=resume)
         trainer.run()
         return trainer.folder.read_metrics()
+
+
+def error_of_training(settings: dict[str, Any]) -> tuple[str, str]:
+    """The kind and the message of the error that training ends in on this rank."""
+    try:
+        train(settings)
+    except ScopeError as error:
+        return type(error).__name__, str(error)
+    return "", "no error"
 
 
 def token_logprobs(settings: dict[str, Any]) -> dict[str, dict[int, np.ndarray]]:
