@@ -95,6 +95,8 @@ def step_metrics(
         "logprob_gap_mean": stats.logprob_gap_mean,
         "logprob_gap_max": stats.logprob_gap_max,
         "logprob_gap_kl": stats.logprob_gap_kl,
+        "correction_clip_rate": stats.correction_clip_rate,
+        "correction_mean": stats.correction_mean,
         **{f"rollouts_{name}": value for name, value in dataclasses.asdict(counts).items()},
         "weight_version": oldest_version,
         "staleness": step - 1 - oldest_version if sampled_now else None,

@@ -32,7 +32,13 @@ from megatron_scope.backend.update import (
     statistics,
 )
 from megatron_scope.config import Config, write_config
-from megatron_scope.config.needs import draws_responses, needs_reference, needs_teacher, overlaps_scoring
+from megatron_scope.config.needs import (
+    corrects_engine,
+    draws_responses,
+    needs_reference,
+    needs_teacher,
+    overlaps_scoring,
+)
 from megatron_scope.config.schema import Engine, ModelConfig
 from megatron_scope.controller.process import ControllerProcess
 from megatron_scope.controller.rows import ResponseRecord
@@ -40,6 +46,7 @@ from megatron_scope.convert.sources import open_model
 from megatron_scope.data.batching import pack
 from megatron_scope.metrics import StageClock, step_metrics
 from megatron_scope.objective import build_objective
+from megatron_scope.objective.losses import corrected
 from megatron_scope.objective.objectives import WeighedResponses
 from megatron_scope.preflight import check_files, max_positions, vocabulary, warnings_of
 from megatron_scope.progress import Progress
@@ -76,11 +83,14 @@ class Trainer:
             teacher=self._build(config.teacher, trainable=False) if needs_teacher(config) else None,
             reference=self._build(config.student, trainable=False) if needs_reference(config) else None,
         )
+        token_loss, cap = self.objective.token_loss, config.rollout.correction_cap
         self.update_settings = UpdateSettings(
-            self.objective.token_loss,
+            corrected(token_loss, cap) if corrects_engine(config) else token_loss,
             student_temperature=config.objective.student_temperature,
             rollout_temperature=config.rollout.temperature,
             ratio_clip=math.inf if config.objective.ratio_clip is None else config.objective.ratio_clip,
+            correction_cap=cap if corrects_engine(config) else None,
+            logprob_gap_limit=config.rollout.logprob_gap_limit,
         )
         self.controller: ControllerProcess | None = None
 
