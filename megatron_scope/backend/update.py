@@ -343,7 +343,8 @@ def _mean_of(name: str, sums: dict[str, float]) -> float:
 
 def _logprob_gap(totals: Totals) -> LogprobGap:
     mean, kl = (_mean_of(f"logprob_gap_{name}", totals.sums) for name in ("mean", "kl"))
-    return LogprobGap(mean, totals.maxima["logprob_gap_max"], kl)
+    count = int(totals.sums["logprob_gap_mean_count"])
+    return LogprobGap(mean, totals.maxima["logprob_gap_max"], kl, count)
 
 
 def statistics(updates: Sequence[Totals]) -> UpdateStats:

@@ -36,6 +36,11 @@ def overlaps_scoring(config: Config) -> bool:
     return config.rollout.engine is Engine.SGLANG if asked is None else asked
 
 
+def probes_servers(config: Config) -> bool:
+    """Whether what the rollout servers draw is compared with the trainer after each publication of weights."""
+    return draws_responses(config) and config.rollout.engine is Engine.SGLANG
+
+
 def needs_states_anew(config: Config) -> bool:
     """Whether the teacher may read a step's responses again in the update."""
     exact = config.objective.divergence is not Divergence.SAMPLED

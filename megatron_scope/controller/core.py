@@ -5,6 +5,7 @@ and to the record.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +26,10 @@ from megatron_scope.records import (
     Rollout,
     RolloutCounts,
     SequenceLimits,
+    ServerProbe,
     StepPart,
     StepSummary,
+    Verdict,
 )
 
 
@@ -70,6 +73,22 @@ class Controller:
     async def publish(self, folder: str, version: int) -> None:
         """Hands new weights to the rollout servers."""
         await self._source.publish(Path(folder), version)
+
+    async def probe(self, num_prompts: int, num_tokens: int) -> list[ServerProbe]:
+        """A few tokens of every rollout server, in the order of their URLs."""
+        answers = await self._source.probe(num_prompts, num_tokens)
+        numbers = itertools.count()
+        return [
+            ServerProbe(
+                url,
+                tuple(
+                    make_response(next(numbers), JudgedRollout(rollout, Verdict(False)), self._limits)
+                    for rollout in answers[url]
+                    if rollout.output_ids
+                ),
+            )
+            for url in sorted(answers)
+        ]
 
     async def record(self, step: int, records: dict[int, ResponseRecord]) -> None:
         """Writes the rollouts of the current step; `records` by place of the usable responses."""
