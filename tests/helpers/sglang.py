@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ STOP_TIMEOUT_S = 20.0
 LOG_LINES = 30
 CACHE_TOKENS = 16384  # enough for tiny models, and quick to make
 _SET_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
+# Linux counts as a process's parent the thread that made it: this one lives as long as the session.
+_SPAWNER = ThreadPoolExecutor(1, thread_name_prefix="sglang-spawner")
 
 
 def unsupported() -> str | None:
@@ -100,7 +103,8 @@ class SglangServer:
         if self.command.api_key_env is not None:
             words += ["--api-key", environment[self.command.api_key_env]]
         with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(
+            self._process = _SPAWNER.submit(
+                subprocess.Popen,
                 words,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -109,7 +113,7 @@ class SglangServer:
                 env=environment,
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
-            )
+            ).result()
         if wait:
             self.wait()
 
