@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_scope.config import parse_config
 from megatron_scope.config.schema import ParallelConfig, Precision
+from megatron_scope.errors import ScopeError
 
 
 @contextlib.contextmanager
@@ -42,6 +43,15 @@ def train(settings: dict[str, Any], resume: bool = False) -> list[dict[str, Any]
         return trainer.folder.read_metrics()
 
 
+def error_of_training(settings: dict[str, Any]) -> tuple[str, str]:
+    """The kind and the message of the error that training ends in on this rank."""
+    try:
+        train(settings)
+    except ScopeError as error:
+        return type(error).__name__, str(error)
+    return "", "no error"
+
+
 def token_logprobs(settings: dict[str, Any]) -> dict[str, dict[int, np.ndarray]]:
     """Both models' log-probs of every response token of the first replayed step, by canonical index."""
     from megatron_scope.trainer import Trainer
@@ -52,11 +62,13 @@ def token_logprobs(settings: dict[str, Any]) -> dict[str, dict[int, np.ndarray]]
         stack.callback(trainer.student.release)
         if ranks.rank == 0:
             trainer._start_controller(stack)
-        batch = trainer.roll_out(1)
-        everyone = np.ones(len(batch.table), dtype=bool)
+        arriving = trainer.roll_out(1)
+        while not arriving.is_complete:
+            arriving.next_part()
+        batch = arriving.finish()
         models = {"student": trainer.student.stage, "teacher": trainer.scorer.teacher}
         scores = {
-            name: trainer.scorer.token_logprobs(stage, batch.responses, everyone, 1.0).by_response
+            name: trainer.scorer.token_logprobs(stage, batch.responses, [1.0])[0].by_response
             for name, stage in models.items()
         }
         return scores if ranks.speaks_for_scores else {name: {} for name in models}
