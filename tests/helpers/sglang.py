@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import platform
 import signal
@@ -197,7 +198,7 @@ class SglangServers:
     def __init__(self, python: str, folder: Path) -> None:
         self.python, self._folder = python, folder
         self._shared: dict[Path, SglangServer] = {}
-        self._number = 0
+        self._numbers = itertools.count(1)
 
     def shared(self, model: Path) -> SglangServer:
         """A server of `model`; who gives it other weights gives it back its own."""
@@ -217,8 +218,7 @@ class SglangServers:
         self._shared.clear()
 
     def _start(self, model: Path, **options: Any) -> SglangServer:
-        self._number += 1
-        log = self._folder / f"{self._number}-{model.name}.log"
+        log = self._folder / f"{next(self._numbers)}-{model.name}.log"
         return SglangServer(self.python, model, log, **options)
 
 
