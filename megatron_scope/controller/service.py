@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
-from concurrent.futures import Future
 from pathlib import Path
 
 from megatron_scope.config.schema import Config, Engine, RolloutConfig
+from megatron_scope.controller.arrivals import Arrive
 from megatron_scope.errors import ConfigError, RolloutError
-from megatron_scope.records import JudgedRollout, Rollout, SamplingParams, Verdict
+from megatron_scope.records import JudgedRollout, Rollout, SamplingParams
 from megatron_scope.rollout.addresses import AddressBook
 from megatron_scope.rollout.client import ClientOptions, RolloutRequest, ServerClient
 from megatron_scope.rollout.delivery import DiskDelivery
@@ -70,25 +70,41 @@ class RolloutService:
         )
         return ServerClient(url, vocab_size=self._vocab_size, api_key=self._api_key, options=options)
 
-    async def sample(
-        self, requests: Sequence[RolloutRequest], params: SamplingParams, version: int
-    ) -> list[JudgedRollout]:
-        """One judged rollout for each request, in the requests' order whatever the order of arrival."""
-        arrived: dict[tuple[str, int], tuple[Rollout, Future[Verdict]]] = {}
+    async def produce(
+        self, requests: Sequence[RolloutRequest], params: SamplingParams, version: int, arrive: Arrive
+    ) -> None:
+        """Draws a response for each request by weights `version`, and judges each as soon as it is finished:
+        `arrive` takes it with its request's place, in whatever order they come.
+        """
+        if self._pool is None:
+            raise RolloutError("responses are asked for before any weights are published; publish first")
+        place_of = {(request.prompt.id, request.sample): place for place, request in enumerate(requests)}
 
         async def judge(rollout: Rollout) -> None:
             prompt = rollout.prompt
             verdict = self._verifier.submit(prompt.task, prompt.answer, rollout.text)
-            arrived[prompt.id, rollout.sample] = (rollout, verdict)
+            arrive(
+                place_of[prompt.id, rollout.sample],
+                JudgedRollout(rollout, await asyncio.wrap_future(verdict)),
+            )
 
-        if self._pool is None:
-            raise RolloutError("responses are asked for before any weights are published; publish first")
         await self._pool.run(requests, params, version, judge)
-        judged = []
-        for request in requests:
-            rollout, verdict = arrived[request.prompt.id, request.sample]
-            judged.append(JudgedRollout(rollout, await asyncio.wrap_future(verdict)))
-        return judged
+
+    async def probe(
+        self, requests: Sequence[RolloutRequest], params: SamplingParams
+    ) -> dict[str, list[Rollout]]:
+        """What each server in service draws for the same requests with the published weights, by its URL."""
+        if self._pool is None:
+            raise RolloutError("a probe is asked for before any weights are published; publish first")
+        return await self._pool.probe(requests, params)
+
+    async def sample(
+        self, requests: Sequence[RolloutRequest], params: SamplingParams, version: int
+    ) -> list[JudgedRollout]:
+        """One judged rollout for each request, in the requests' order whatever the order of arrival."""
+        arrived: dict[int, JudgedRollout] = {}
+        await self.produce(requests, params, version, arrived.__setitem__)
+        return [arrived[place] for place in range(len(requests))]
 
     async def close(self) -> None:
         """Closes connections, ends the embedded server and the verifiers."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from megatron_scope.config.needs import draws_responses
 from megatron_scope.config.schema import Config, Engine
+from megatron_scope.controller.arrivals import Arrive
 from megatron_scope.controller.rows import read_steps
 from megatron_scope.controller.service import RolloutService
 from megatron_scope.data.prompts import Cursor, Drawer, Example, example_drawer, prompt_drawer
@@ -22,12 +23,20 @@ from megatron_scope.verify.pool import KNOWN_TASKS
 class Source(Protocol):
     """Gives one step's judged rollouts after another."""
 
-    async def produce(self, step: int, version: int) -> list[JudgedRollout]:
-        """The rollouts of `step`, in canonical order: by prompt, then by sample."""
+    async def produce(self, step: int, version: int, arrive: Arrive) -> None:
+        """Gives `arrive` each rollout of `step` as soon as it is there, with its place in the canonical
+        order: by prompt, then by sample.
+        """
         ...
 
     async def publish(self, folder: Path, version: int) -> None:
         """Takes note of new weights."""
+        ...
+
+    async def probe(self, num_prompts: int, num_tokens: int) -> dict[str, list[Rollout]]:
+        """By the URL of each server in service: up to `num_tokens` tokens for each of the next prompts, which
+        stay the next ones.
+        """
         ...
 
     def state(self) -> dict[str, Any]:
@@ -88,7 +97,7 @@ class SampledRollouts(_Drawn):
             rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens, stops
         )
 
-    async def produce(self, step: int, version: int) -> list[JudgedRollout]:
+    async def produce(self, step: int, version: int, arrive: Arrive) -> None:
         rollout = self._config.rollout
         requests = [
             RolloutRequest(
@@ -100,10 +109,20 @@ class SampledRollouts(_Drawn):
             for prompt in self._drawer.draw(rollout.prompts_per_step)
             for sample in range(rollout.samples_per_prompt)
         ]
-        return await self._service.sample(requests, self._params, version)
+        await self._service.produce(requests, self._params, version, arrive)
 
     async def publish(self, folder: Path, version: int) -> None:
         await self._service.publish(folder, version)
+
+    async def probe(self, num_prompts: int, num_tokens: int) -> dict[str, list[Rollout]]:
+        requests = [
+            RolloutRequest(
+                prompt, 0, sample_seed(self._config.run.seed, 0, prompt.id, 0), f"probe/{prompt.id}"
+            )
+            for prompt in self._drawer.peek(num_prompts)
+        ]
+        tokens = min(num_tokens, self._params.max_new_tokens)
+        return await self._service.probe(requests, dataclasses.replace(self._params, max_new_tokens=tokens))
 
     async def close(self) -> None:
         await self._service.close()
@@ -116,7 +135,7 @@ class ReplayedRollouts:
         self._path = path
         self._steps = read_steps(path)
 
-    async def produce(self, step: int, version: int) -> list[JudgedRollout]:
+    async def produce(self, step: int, version: int, arrive: Arrive) -> None:
         del version
         if step > len(self._steps):
             raise DataError(
@@ -124,10 +143,15 @@ class ReplayedRollouts:
                 "run.steps to "
                 f"{len(self._steps)} or less"
             )
-        return self._steps[step - 1]
+        for place, item in enumerate(self._steps[step - 1]):
+            arrive(place, item)
 
     async def publish(self, folder: Path, version: int) -> None:
         del folder, version
+
+    async def probe(self, num_prompts: int, num_tokens: int) -> dict[str, list[Rollout]]:
+        del num_prompts, num_tokens
+        return {}
 
     def state(self) -> dict[str, Any]:
         return {"skipped": 0}
@@ -146,26 +170,26 @@ class GivenResponses(_Drawn):
         super().__init__(drawer)
         self._rows_per_step = rows_per_step
 
-    async def produce(self, step: int, version: int) -> list[JudgedRollout]:
+    async def produce(self, step: int, version: int, arrive: Arrive) -> None:
         del step
-        return [
-            JudgedRollout(
-                Rollout(
-                    prompt=example.prompt,
-                    sample=0,
-                    output_ids=example.output_ids,
-                    text="",
-                    engine_logprobs=(math.nan,) * len(example.output_ids),
-                    finish_reason="stop",
-                    weight_version=version,
-                ),
-                Verdict(True),
+        for place, example in enumerate(self._drawer.draw(self._rows_per_step)):
+            rollout = Rollout(
+                prompt=example.prompt,
+                sample=0,
+                output_ids=example.output_ids,
+                text="",
+                engine_logprobs=(math.nan,) * len(example.output_ids),
+                finish_reason="stop",
+                weight_version=version,
             )
-            for example in self._drawer.draw(self._rows_per_step)
-        ]
+            arrive(place, JudgedRollout(rollout, Verdict(True)))
 
     async def publish(self, folder: Path, version: int) -> None:
         del folder, version
+
+    async def probe(self, num_prompts: int, num_tokens: int) -> dict[str, list[Rollout]]:
+        del num_prompts, num_tokens
+        return {}
 
     async def close(self) -> None:
         pass
