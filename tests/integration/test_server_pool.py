@@ -48,11 +48,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def two(sglang_servers: SglangServers, weights: list[Path]) -> Iterator[list[SglangServer]]:
     """Two servers, started side by side; a test that ends one starts it again."""
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(2) as threads:
-        starts = [threads.submit(sglang_servers.own(weights[0]).__enter__) for _ in range(2)]
-        servers = [start.result() for start in starts]
-        for server in servers:
-            stack.callback(server.close)
-        yield servers
+        starts = [threads.submit(stack.enter_context, sglang_servers.own(weights[0])) for _ in range(2)]
+        yield [start.result() for start in starts]
 
 
 class Step:
