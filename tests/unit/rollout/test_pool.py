@@ -232,7 +232,7 @@ def test_two_thousand_requests_in_flight() -> None:
         patient = dataclasses.replace(CLIENT, probe_timeout_s=10)  # all of it runs in one thread here
         async with staged(PoolServer(), options=options, client=patient) as stage:
             stage.servers[0].crowd = 2000
-            await stage.collect(group_requests(250, 8))
+            await stage.collect(group_requests(20, 100))
             assert stage.servers[0].most == 2000
 
     asyncio.run(run())
