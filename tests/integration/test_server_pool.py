@@ -185,8 +185,8 @@ def test_another_model_behind_an_address_is_one_clear_error_before_any_weights_a
     told = greedy(two[0])
     with pytest.raises(RolloutError, match=r"another model, .*model_type qwen2, expected llama"):
         asyncio.run(run(save_llama(tmp_path / "llama")))
-    with pytest.raises(RolloutError, match=r"another model, .*num_hidden_layers 3, expected 2"):
-        asyncio.run(run(save_qwen2(tmp_path / "small", num_hidden_layers=2)))
+    with pytest.raises(RolloutError, match=r"another model, .*num_hidden_layers 2, expected 4"):
+        asyncio.run(run(save_qwen2(tmp_path / "deep", num_hidden_layers=4)))
     assert greedy(two[0]) == told
 
 
