@@ -150,7 +150,7 @@ def servers(
 
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(2) as threads:
         starts = {
-            name: threads.submit(sglang_servers.own(folders[folder], **own).__enter__)
+            name: threads.submit(sglang_servers.own, folders[folder], **own)
             for name, (folder, own) in options.items()
         }
         for start in starts.values():
