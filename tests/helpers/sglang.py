@@ -14,7 +14,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -203,23 +202,20 @@ class SglangServers:
     def shared(self, model: Path) -> SglangServer:
         """A server of `model`; who gives it other weights gives it back its own."""
         if model not in self._shared:
-            self._shared[model] = self._start(model)
+            self._shared[model] = self.own(model)
         return self._shared[model]
 
-    @contextlib.contextmanager
-    def own(self, model: Path, **options: Any) -> Iterator[SglangServer]:
-        """A server that nobody else uses; the options are `SglangServer`'s."""
-        with self._start(model, **options) as server:
-            yield server
+    def own(self, model: Path, **options: Any) -> SglangServer:
+        """A server that nobody else uses, to be closed by who asked for it; the options are
+        `SglangServer`'s. Several may be started side by side, each in a thread.
+        """
+        log = self._folder / f"{next(self._numbers)}-{model.name}.log"
+        return SglangServer(self.python, model, log, **options)
 
     def close(self) -> None:
         for server in self._shared.values():
             server.close()
         self._shared.clear()
-
-    def _start(self, model: Path, **options: Any) -> SglangServer:
-        log = self._folder / f"{next(self._numbers)}-{model.name}.log"
-        return SglangServer(self.python, model, log, **options)
 
 
 def free_port() -> int:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
+import itertools
 import json
+import os
+import re
+import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from megatron_scope.controller.core import summarise
 from megatron_scope.errors import RolloutError, SyncError
 from megatron_scope.records import JudgedRollout, Prompt, Rollout, SamplingParams, Verdict
 from megatron_scope.rollout.client import ServerClient
+from megatron_scope.rollout.launch import LaunchOptions, launch_command
 from megatron_scope.rollout.wire import RolloutRequest, StaleWeights, generate_body, parse_rollout
 from tests.helpers.models import (
     CHARACTERS,
@@ -76,9 +80,27 @@ class Reached:
         with urllib.request.urlopen(request, data, timeout=120) as response:
             return json.loads(response.read())
 
+    def flush(self) -> None:
+        """Empties the prefix cache; SGLang refuses while it still cleans up after the last response."""
+
+        async def until_done() -> None:
+            async with self.client() as client:
+                for attempt in itertools.count():
+                    try:
+                        return await client.flush()
+                    except RolloutError:
+                        if attempt == 50:
+                            raise
+                    await asyncio.sleep(0.1)
+
+        asyncio.run(until_done())
+
     def greedy(self) -> list[tuple[list[int], list[list[Any]]]]:
-        """Output ids and log-prob entries of every prompt at temperature 0, one request at a time."""
+        """Output ids and log-prob entries of every prompt at temperature 0, one request at a time and with
+        nothing cached: the last bits of a log-prob depend on what is computed together.
+        """
         answers = []
+        self.flush()
         for request in requests(1):
             body = self.http("POST", "/generate", generate_body(request, params(0.0)))
             answers.append((body["output_ids"], body["meta_info"]["output_token_logprobs"]))
@@ -108,26 +130,25 @@ async def sample_all(client: ServerClient, num_samples: int, temperature: float)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model of each family, and two sets of weights of a Qwen2 that never ends a response."""
+    """A model of each family, and other weights of the Qwen2, whose responses never end."""
     root = tmp_path_factory.mktemp("families")
     return {
-        "qwen2": save_qwen2(root / "qwen2", seed=1),
-        "qwen3": save_qwen3(root / "qwen3", seed=2),
-        "llama": save_llama(root / "llama", seed=3),
-        "endless": endless(root / "endless", seed=4),
-        "endless_too": endless(root / "endless_too", seed=5),
+        "qwen2": endless(root / "qwen2", seed=1),
+        "qwen2_too": endless(root / "qwen2_too", seed=2),
+        "qwen3": save_qwen3(root / "qwen3", seed=3),
+        "llama": save_llama(root / "llama", seed=4),
     }
 
 
 def endless(folder: Path, seed: int) -> Path:
-    """A Qwen2 whose end token is out of reach: a hidden unit is large in every state, and counts against
-    it.
+    """A Qwen2 whose end token is out of reach: one unit is large in every state and counts for all tokens
+    alike, but against the end.
     """
-    save_qwen2(folder, seed=seed, tie_word_embeddings=False, max_position_embeddings=1024)
+    save_qwen2(folder, seed=seed, max_position_embeddings=1024)
     weights = read_weights(folder)
-    weights["model.embed_tokens.weight"][:, 0] = 4.0
-    weights["lm_head.weight"][:, 0] = 0.0
-    weights["lm_head.weight"][END_ID, 0] = -20.0
+    table = weights["model.embed_tokens.weight"]  # the output table too
+    table[:, 0] = 4.0
+    table[END_ID, 0] = -20.0
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -136,35 +157,54 @@ def endless(folder: Path, seed: int) -> Path:
 def servers(
     sglang_servers: SglangServers, folders: dict[str, Path], monkeymodule: pytest.MonkeyPatch
 ) -> Iterator[dict[str, Reached]]:
-    """One of each family and two of the endless model's shape, of which `restarted` takes a key."""
+    """A server of each family, and `restarted`, which was started with the other weights of the Qwen2."""
     monkeymodule.setenv(KEY_NAME, KEY)
-    long = {"rollout": {"max_new_tokens": LONG}}
-    with_key = {"rollout": {"max_new_tokens": LONG, "api_key_env": KEY_NAME}}
-    options: dict[str, tuple[str, dict[str, Any]]] = {
-        **{family: (family, {}) for family in FAMILIES},
-        "endless": ("endless", {"settings": long}),
-        "restarted": ("endless_too", {"settings": with_key}),
+    options: dict[str, dict[str, Any]] = {
+        "qwen2": {"settings": {"rollout": {"max_new_tokens": LONG}}},
+        "qwen3": {},
+        # Its weights are published only, as a student's in a Megatron checkpoint are.
+        "llama": {"extra": ("--load-format", "dummy")},
+        "restarted": {"settings": {"rollout": {"max_new_tokens": LONG, "api_key_env": KEY_NAME}}},
     }
-    # The weights of one are published only, as a student's in a Megatron checkpoint are.
-    options["llama"] = ("llama", {"extra": ("--load-format", "dummy")})
-
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(2) as threads:
+    with ThreadPoolExecutor(len(options)) as threads:
         starts = {
-            name: threads.submit(sglang_servers.own(folders[folder], **own).__enter__)
-            for name, (folder, own) in options.items()
+            name: threads.submit(sglang_servers.own, folders.get(name, folders["qwen2_too"]), **own)
+            for name, own in options.items()
         }
-        for start in starts.values():
-            stack.callback(lambda start=start: start.result().close())
-        started = {name: start.result() for name, start in starts.items()}
-        yield {
-            name: Reached(server, KEY if name == "restarted" else None) for name, server in started.items()
-        }
+        try:
+            yield {
+                name: Reached(start.result(), KEY if name == "restarted" else None)
+                for name, start in starts.items()
+            }
+        finally:
+            wait(starts.values())
+            started = [start.result() for start in starts.values() if start.exception() is None]
+            list(threads.map(SglangServer.close, started))
 
 
 @pytest.fixture(scope="module")
 def monkeymodule() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         yield patch
+
+
+# ---- the command line
+
+
+def test_every_flag_of_launch_is_one_of_this_sglang(sglang_python, folders):
+    """Those of GPU servers too."""
+    words = [sglang_python, "-m", "sglang.launch_server", "--help"]
+    environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1"}
+    shown = subprocess.run(words, env=environment, capture_output=True, text=True, check=True, timeout=300)
+    known = set(re.findall(r"(?<![\w-])--[a-z0-9-]+", shown.stdout))
+    folder = {"hf": str(folders["qwen2"])}
+    lengths = {"data": {"max_prompt_tokens": 9}, "rollout": {"max_new_tokens": 9, "api_key_env": KEY_NAME}}
+    config = parse_config({"student": folder, "teacher": folder, **lengths}, "test")
+    for role, device in itertools.product(("rollout", "teacher"), ("cuda", "cpu")):
+        line = launch_command(config, LaunchOptions(role=role, device=device, tp=2)).as_shell()
+        flags = {word for word in line.split() if word.startswith("--")}
+        assert {"--model-path", "--context-length", "--tp-size", "--api-key"} <= flags
+        assert flags <= known
 
 
 # ---- the engine and the trainer
@@ -217,10 +257,10 @@ def test_a_greedy_response_is_that_of_transformers(family, servers, folders):
 
 def test_new_weights_answer_as_a_server_started_with_them(servers, folders):
     """Bit for bit; the weights of before come back the same way."""
-    reached = servers["endless"]
-    reached.publish(folders["endless"], 1)
+    reached = servers["qwen2"]
+    reached.publish(folders["qwen2"], 1)
     before = reached.greedy()
-    reached.publish(folders["endless_too"], 2)
+    reached.publish(folders["qwen2_too"], 2)
     after = reached.greedy()
     assert after == servers["restarted"].greedy()
     assert all(ours != theirs for ours, theirs in zip(before, after, strict=True))
@@ -230,13 +270,13 @@ def test_new_weights_answer_as_a_server_started_with_them(servers, folders):
             return await sample_all(client, 2, 1.0)
 
     assert {rollout.weight_version for rollout in asyncio.run(draw())} == {2}
-    reached.publish(folders["endless"], 3)
+    reached.publish(folders["qwen2"], 3)
     assert reached.greedy() == before
 
 
 def test_weights_that_cannot_be_read_change_nothing(servers, folders, tmp_path):
-    reached = servers["endless"]
-    reached.publish(folders["endless"], 5)
+    reached = servers["qwen2"]
+    reached.publish(folders["qwen2"], 5)
     before = reached.greedy()
     with pytest.raises(SyncError, match=r"/update_weights_from_disk: HTTP 400: ") as caught:
         reached.publish(tmp_path / "missing", 6)
@@ -292,8 +332,8 @@ def tokens_in_use(reached: Reached) -> int:
 
 
 def test_a_response_paused_in_place_goes_on_with_new_weights_and_tells_of_both(servers, folders):
-    reached = servers["endless"]
-    reached.publish(folders["endless"], 7)
+    reached = servers["qwen2"]
+    reached.publish(folders["qwen2"], 7)
 
     async def run() -> dict[str, Any]:
         async with reached.client() as client:
@@ -304,7 +344,7 @@ def test_a_response_paused_in_place_goes_on_with_new_weights_and_tells_of_both(s
                 await client.pause("in_place")
                 # Its cache stays, so that it can go on; the client's own update would drop it.
                 new = {
-                    "model_path": str(folders["endless_too"]),
+                    "model_path": str(folders["qwen2_too"]),
                     "weight_version": "8",
                     "flush_cache": False,
                 }
@@ -327,8 +367,8 @@ def test_a_response_paused_in_place_goes_on_with_new_weights_and_tells_of_both(s
 
 
 def test_an_aborted_response_is_partial_and_is_counted_but_not_learnt_from(servers, folders):
-    reached = servers["endless"]
-    reached.publish(folders["endless"], 9)
+    reached = servers["qwen2"]
+    reached.publish(folders["qwen2"], 9)
 
     async def run() -> Sequence[Rollout]:
         async with reached.client() as client:
