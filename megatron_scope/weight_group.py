@@ -1,5 +1,5 @@
-"""The process group that carries weights from a rank of the trainer to the rollout servers, made in the same way
-on both sides.
+"""The process group that carries weights from a rank of the trainer to the rollout servers, made in the same
+way on both sides.
 
 A server that joins by torch's steps for a group apart from the default one (SGLang does) looks for the others
 under the same keys of the store.
