@@ -67,6 +67,8 @@ _POSITIVE = (
     "rollout.temperature",
     "rollout.request_timeout_s",
     "rollout.start_timeout_s",
+    "rollout.health_interval_s",
+    "rollout.health_timeout_s",
     "verify.timeout_s",
     "objective.tau",
     "objective.student_temperature",
@@ -314,16 +316,28 @@ def _check_engine(config: Config) -> None:
         )
     if rollout.engine != Engine.SGLANG:
         return
-    if not rollout.servers:
+    if not rollout.servers and not rollout.servers_file:
         raise ConfigError(
             "rollout.servers is empty: rollout.engine=sglang needs the servers' URLs; set "
-            "rollout.servers=[http://HOST:30000], or rollout.engine=embedded for a small model on a CPU"
+            "rollout.servers=[http://HOST:30000] or rollout.servers_file, or rollout.engine=embedded for a "
+            "small model on a CPU"
         )
-    for url in rollout.servers:
+    if rollout.servers and rollout.servers_file:
+        raise ConfigError(
+            f"rollout.servers_file is {rollout.servers_file} and rollout.servers is set too: the servers are "
+            "those of one of them; set rollout.servers=[] or rollout.servers_file=null"
+        )
+    urls = [("rollout.servers", url) for url in rollout.servers]
+    if rollout.router is not None:
+        urls.append(("rollout.router", rollout.router))
+    for key, url in urls:
         if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"rollout.servers has {url!r}: it must be a URL, as in http://HOST:30000")
-    if len(set(rollout.servers)) != len(rollout.servers):
-        raise ConfigError("rollout.servers names a server twice; list each one once")
+            raise ConfigError(f"{key} has {url!r}: it must be a URL, as in http://HOST:30000")
+    if len({url.rstrip("/") for _, url in urls}) != len(urls):
+        raise ConfigError(
+            "rollout.servers and rollout.router name a server twice; list each one once, and the router only "
+            "as rollout.router"
+        )
 
 
 def _needed(config: Config, key: str, why: str) -> None:
