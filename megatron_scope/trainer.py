@@ -43,10 +43,10 @@ from megatron_scope.objective import build_objective
 from megatron_scope.objective.objectives import WeighedResponses
 from megatron_scope.preflight import check_files, max_positions, vocabulary, warnings_of
 from megatron_scope.progress import Progress
+from megatron_scope.publishing import Publisher, build_publisher
 from megatron_scope.records import MicroBatch, SequenceLimits
 from megatron_scope.run_folder import RunFolder
 from megatron_scope.scoring import Scorer, Scores, StepScoring
-from megatron_scope.sync.disk import remove_old_versions
 
 
 class Trainer:
@@ -83,6 +83,7 @@ class Trainer:
             ratio_clip=math.inf if config.objective.ratio_clip is None else config.objective.ratio_clip,
         )
         self.controller: ControllerProcess | None = None
+        self.publisher: Publisher | None = None
 
     def _prepare_folder(self) -> Path | None:
         """Finds the checkpoint to go on from; without one, or when told to, starts over beside the earlier
@@ -124,6 +125,11 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             stack.callback(self.student.release)
             on_rank_zero(self.ranks, lambda: self._start_controller(stack))
+            if self._publishes:
+                self.publisher = build_publisher(
+                    self.config, self.student.stage, self.ranks, self.folder, self.controller
+                )
+                stack.callback(self.publisher.close)
             first = self._restore(on_rank_zero(self.ranks, self._prepare_folder)) + 1
             progress = stack.enter_context(Progress(self.config, self.ranks.rank, first))
             if first <= self.config.run.steps:
@@ -219,17 +225,8 @@ class Trainer:
 
     def publish(self, version: int) -> None:
         """Hands the current weights to the rollout servers, under the number of updates that made them."""
-        if not self._publishes:
-            return
-        out = self.folder.weights_of(version)
-        save_hf_folder(self.student.stage, self.ranks, out)
-
-        def hand_over() -> None:
-            assert self.controller is not None
-            self.controller.call("publish", str(out), version)
-            remove_old_versions(self.folder.weights, keep=out)
-
-        on_rank_zero(self.ranks, hand_over)
+        if self.publisher is not None:
+            self.publisher.publish(version)
 
     def record(self, step: int, batch: LocalBatch, scores: Scores, weighed: WeighedResponses) -> None:
         """Writes the step's rollouts with what was learnt about them."""

@@ -14,7 +14,8 @@ import numpy as np
 from megatron_scope.config.schema import Config, Truncated
 from megatron_scope.controller.arrivals import Arrivals
 from megatron_scope.controller.rows import ResponseRecord, write_step
-from megatron_scope.controller.sources import Source, open_source
+from megatron_scope.controller.service import RolloutService
+from megatron_scope.controller.sources import SampledRollouts, Source, open_source
 from megatron_scope.data.batching import response_table
 from megatron_scope.errors import RolloutError
 from megatron_scope.records import (
@@ -23,8 +24,10 @@ from megatron_scope.records import (
     Rollout,
     RolloutCounts,
     SequenceLimits,
+    ServedModel,
     StepPart,
     StepSummary,
+    WeightTransfer,
 )
 
 
@@ -66,6 +69,14 @@ class Controller:
         """Hands new weights to the rollout servers."""
         await self._source.publish(Path(folder), version)
 
+    async def meet_servers(self, version: int) -> list[ServedModel]:
+        """Begins to hand new weights to the servers without disk: those that shall take them."""
+        return await self._service.meet_servers(version)
+
+    async def broadcast(self, transfer: WeightTransfer) -> None:
+        """Has the servers take the weights that the ranks now send."""
+        await self._service.broadcast(transfer)
+
     async def record(self, step: int, records: dict[int, ResponseRecord]) -> None:
         """Writes the rollouts of the current step; `records` by place of the usable responses."""
         write_step(self._folder / "rollouts", step, self._current.judged(), records)
@@ -83,6 +94,11 @@ class Controller:
         if self._arrivals is not None:
             await self._arrivals.stop()
         await self._source.close()
+
+    @property
+    def _service(self) -> RolloutService:
+        assert isinstance(self._source, SampledRollouts), "only sampling has servers"
+        return self._source.service
 
     @property
     def _current(self) -> Arrivals:

@@ -85,7 +85,7 @@ class SampledRollouts(_Drawn):
     ) -> None:
         super().__init__(drawer)
         self._config = config
-        self._service = service
+        self.service = service
         rollout = config.rollout
         self._params = SamplingParams(
             rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens, stops
@@ -103,13 +103,13 @@ class SampledRollouts(_Drawn):
             for prompt in self._drawer.draw(rollout.prompts_per_step)
             for sample in range(rollout.samples_per_prompt)
         ]
-        await self._service.produce(requests, self._params, version, arrive)
+        await self.service.produce(requests, self._params, version, arrive)
 
     async def publish(self, folder: Path, version: int) -> None:
-        await self._service.publish(folder, version)
+        await self.service.publish(folder, version)
 
     async def close(self) -> None:
-        await self._service.close()
+        await self.service.close()
 
 
 class ReplayedRollouts:
