@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-from megatron_scope.config.needs import draws_responses, needs_teacher
+from megatron_scope.config.needs import corrects_engine, draws_responses, needs_teacher
 from megatron_scope.config.schema import (
     Config,
     Divergence,
@@ -59,6 +59,7 @@ _POSITIVE_COUNTS = (
     "sync.bucket_mb",
 )
 _GROUPS = ("evaluate.diversity_responses",)
+_CAPS = ("rollout.correction_cap",)
 _COUNTS = ("run.seed", "train.path_gradients_every", "optimizer.warmup_steps", "checkpoint.every")
 _POSITIVE = (
     "rollout.temperature",
@@ -126,6 +127,7 @@ def _check_ranges(config: Config) -> None:
     _require(config, _TOP_K, lambda v: v == -1 or v >= 1, "1 or more, or -1 to turn it off")
     _require(config, _BETAS, lambda v: 0 <= v < 1, "at least 0 and below 1")
     _require(config, _GROUPS, lambda v: v >= 2, "2 or more")
+    _require(config, _CAPS, lambda v: math.isfinite(v) and v >= 1, "finite and 1 or more")
     for token_id in config.data.stop_token_ids or ():
         if token_id < 0:
             raise ConfigError(f"data.stop_token_ids has {token_id}: token ids are 0 or more")
@@ -221,6 +223,7 @@ def _check_train(config: Config) -> None:
             "to a checkpoint",
         )
     _check_objective(config)
+    _check_parity(config)
     if not draws_responses(config):
         _needed(config, "data.train", "set data.train to a JSON-lines file of {prompt, response} rows")
         return
@@ -269,6 +272,31 @@ def _check_objective(config: Config) -> None:
         raise ConfigError(
             f"objective.ratio_clip is {clip} with objective.name={objective.name}, which has no ratio; set "
             "objective.ratio_clip=null"
+        )
+
+
+def _check_parity(config: Config) -> None:
+    """What may be asked about the engine's log-probs."""
+    rollout, objective = config.rollout, config.objective
+    limit = rollout.logprob_gap_limit
+    if limit is not None and not limit > 0:
+        raise ConfigError(f"rollout.logprob_gap_limit is {limit}: it must be above 0; null sets no limit")
+    if not draws_responses(config):
+        for key, asked, off in (
+            ("rollout.correction", corrects_engine(config), "none"),
+            ("rollout.logprob_gap_limit", limit is not None, "null"),
+        ):
+            if asked:
+                raise ConfigError(
+                    f"{key} is {_get(config, key)} with objective.name={objective.name}, whose responses no "
+                    f"engine drew; set {key}={off}"
+                )
+    exact = objective.name == ObjectiveName.OPD and objective.divergence != Divergence.SAMPLED
+    if corrects_engine(config) and exact:
+        raise ConfigError(
+            f"rollout.correction is {rollout.correction} with objective.name=opd and objective.divergence="
+            f"{objective.divergence}, which does not depend on the token drawn: nothing is left to correct; "
+            "set rollout.correction=none"
         )
 
 

@@ -5,19 +5,22 @@ and to the record.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_scope.config.needs import needs_engine_logprobs
 from megatron_scope.config.schema import Config, Truncated
 from megatron_scope.controller.arrivals import Arrivals
 from megatron_scope.controller.rows import ResponseRecord, write_step
 from megatron_scope.controller.service import RolloutService
 from megatron_scope.controller.sources import SampledRollouts, Source, open_source
 from megatron_scope.data.batching import response_table
-from megatron_scope.errors import RolloutError
+from megatron_scope.errors import DataError, RolloutError
 from megatron_scope.records import (
     JudgedRollout,
     Response,
@@ -25,8 +28,10 @@ from megatron_scope.records import (
     RolloutCounts,
     SequenceLimits,
     ServedModel,
+    ServerProbe,
     StepPart,
     StepSummary,
+    Verdict,
     WeightTransfer,
 )
 
@@ -51,14 +56,17 @@ class Controller:
         """The usable responses that have arrived since the last call, once they have `least_tokens` response
         tokens (None: all that the step will have) or nothing more comes.
 
-        RolloutError when one is longer or has another id than the models can take.
+        RolloutError when one is longer or has another id than the models can take, DataError when one has no
+        log-probs of its engine though they are needed.
         """
         truncated = self._config.rollout.truncated
         arrived, is_last = await self._current.take(least_tokens)
-        responses = [
-            make_response(place, item, self._limits) for place, item in arrived if is_usable(item, truncated)
-        ]
-        return StepPart(tuple(responses), is_last)
+        usable = [(place, item) for place, item in arrived if is_usable(item, truncated)]
+        if needs_engine_logprobs(self._config):
+            for _, item in usable:
+                check_engine_logprobs(item.rollout)
+        responses = tuple(make_response(place, item, self._limits) for place, item in usable)
+        return StepPart(responses, is_last)
 
     async def summarise(self) -> StepSummary:
         """The whole step after its last part; RolloutError when none of its responses is usable."""
@@ -76,6 +84,22 @@ class Controller:
     async def broadcast(self, transfer: WeightTransfer) -> None:
         """Has the servers take the weights that the ranks now send."""
         await self._service.broadcast(transfer)
+
+    async def probe(self, num_prompts: int, num_tokens: int) -> list[ServerProbe]:
+        """A few tokens of every rollout server, in the order of their URLs."""
+        answers = await self._source.probe(num_prompts, num_tokens)
+        numbers = itertools.count()
+        return [
+            ServerProbe(
+                url,
+                tuple(
+                    make_response(next(numbers), JudgedRollout(rollout, Verdict(False)), self._limits)
+                    for rollout in answers[url]
+                    if rollout.output_ids
+                ),
+            )
+            for url in sorted(answers)
+        ]
 
     async def record(self, step: int, records: dict[int, ResponseRecord]) -> None:
         """Writes the rollouts of the current step; `records` by place of the usable responses."""
@@ -165,6 +189,18 @@ def summarise(
         oldest_version=min(item.rollout.weight_version for item in usable),
         last_arrival_s=last_arrival_s,
     )
+
+
+def check_engine_logprobs(rollout: Rollout) -> None:
+    """DataError for a response without a finite engine log-prob for each of its tokens."""
+    missing = sum(not math.isfinite(logprob) for logprob in rollout.engine_logprobs)
+    if missing:
+        raise DataError(
+            f"{_name(rollout)} has no finite engine log-prob for {missing} of its {len(rollout.output_ids)} "
+            "tokens, but rollout.correction and rollout.logprob_gap_limit compare every one with the "
+            "trainer's; give rows with their engine_logprobs, or set rollout.correction=none and "
+            "rollout.logprob_gap_limit=null"
+        )
 
 
 def _name(rollout: Rollout) -> str:

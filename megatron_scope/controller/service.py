@@ -112,6 +112,14 @@ class RolloutService:
 
         await self._pool.run(requests, params, version, judge)
 
+    async def probe(
+        self, requests: Sequence[RolloutRequest], params: SamplingParams
+    ) -> dict[str, list[Rollout]]:
+        """What each server in service draws for the same requests with the published weights, by its URL."""
+        if self._pool is None:
+            raise RolloutError("a probe is asked for before any weights are published; publish first")
+        return await self._pool.probe(requests, params)
+
     async def sample(
         self, requests: Sequence[RolloutRequest], params: SamplingParams, version: int
     ) -> list[JudgedRollout]:

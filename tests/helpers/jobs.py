@@ -5,17 +5,20 @@ results.
 from __future__ import annotations
 
 import contextlib
+import gc
 import unittest.mock
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 
 from megatron_scope.config import parse_config
 from megatron_scope.config.schema import ParallelConfig, Precision
+from megatron_scope.errors import ScopeError
 
 
 @contextlib.contextmanager
@@ -42,6 +45,21 @@ def train(settings: dict[str, Any], resume: bool = False) -> list[dict[str, Any]
         return trainer.folder.read_metrics()
 
 
+def error_of_training(settings: dict[str, Any]) -> tuple[str, str]:
+    """The kind and the message of the error that training ends in on this rank."""
+    try:
+        train(settings)
+    except ScopeError as error:
+        return type(error).__name__, str(error)
+    return "", "no error"
+
+
+def num_threads() -> int:
+    """Threads of this rank once Python's collector has let go of what it can: each gloo group keeps some."""
+    gc.collect()
+    return psutil.Process().num_threads()
+
+
 def token_logprobs(settings: dict[str, Any]) -> dict[str, dict[int, np.ndarray]]:
     """Both models' log-probs of every response token of the first replayed step, by canonical index."""
     from megatron_scope.trainer import Trainer
@@ -58,7 +76,7 @@ def token_logprobs(settings: dict[str, Any]) -> dict[str, dict[int, np.ndarray]]
         batch = arriving.finish()
         models = {"student": trainer.student.stage, "teacher": trainer.scorer.teacher}
         scores = {
-            name: trainer.scorer.token_logprobs(stage, batch.responses, 1.0).by_response
+            name: trainer.scorer.token_logprobs(stage, batch.responses, [1.0])[0].by_response
             for name, stage in models.items()
         }
         return scores if ranks.speaks_for_scores else {name: {} for name in models}

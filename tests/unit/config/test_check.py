@@ -60,6 +60,9 @@ def test_a_complete_config_passes():
         (["objective.name=grpo", "objective.ratio_clip=.inf", "objective.kl_coefficient=0"], {}),
         (["objective.preset=official"], {}),
         (["train.updates_per_batch=4", "objective.ratio_clip=0.2"], {}),
+        (["rollout.correction=truncated_importance", "rollout.correction_cap=1"], {}),
+        (["rollout.correction=truncated_importance", "objective.divergence=jsd"], {}),
+        (["rollout.logprob_gap_limit=0.01", "objective.name=opd", "objective.divergence=jsd"], {}),
         (["data.prompt_template=\\boxed{} {x} {prompt}"], {}),
         (["data.system_prompt=Reason.", "data.chat_template_kwargs.enable_thinking=true"], {}),
         (
@@ -98,6 +101,8 @@ def test_what_must_be_accepted(overrides, options):
         ("rollout.top_p=0", "rollout.top_p is 0.0: it must be above 0 and at most 1 (1 turns it off)"),
         ("evaluate.diversity_responses=1", "evaluate.diversity_responses is 1: it must be 2 or more"),
         ("evaluate.top_p=1.5", "evaluate.top_p is 1.5: it must be above 0 and at most 1"),
+        ("rollout.correction_cap=0.5", "rollout.correction_cap is 0.5: it must be finite and 1 or more"),
+        ("rollout.correction_cap=.inf", "rollout.correction_cap is inf: it must be finite and 1 or more"),
         ("rollout.top_k=0", "rollout.top_k is 0: it must be 1 or more, or -1 to turn it off"),
         ("optimizer.beta2=1", "optimizer.beta2 is 1.0: it must be at least 0 and below 1"),
         ("data.stop_token_ids=[1,-2]", "data.stop_token_ids has -2: token ids are 0 or more"),
@@ -180,6 +185,30 @@ def test_what_is_not_built_yet_is_refused(override, said):
         (
             ["objective.name=kd", "objective.ratio_clip=0.2"],
             "objective.ratio_clip is 0.2 with objective.name=kd, which has no ratio; set",
+        ),
+        (
+            ["rollout.logprob_gap_limit=0"],
+            "rollout.logprob_gap_limit is 0.0: it must be above 0; null sets no limit",
+        ),
+        (["rollout.logprob_gap_limit=.nan"], "rollout.logprob_gap_limit is nan: it must be above 0"),
+        (
+            ["rollout.logprob_gap_limit=0.1", "objective.name=sft"],
+            "rollout.logprob_gap_limit is 0.1 with objective.name=sft, whose responses no engine drew; set "
+            "rollout.logprob_gap_limit=null",
+        ),
+        (
+            ["rollout.correction=truncated_importance", "objective.name=kd"],
+            "rollout.correction is truncated_importance with objective.name=kd, whose responses no engine "
+            "drew; set rollout.correction=none",
+        ),
+        (
+            [
+                "rollout.correction=truncated_importance",
+                "objective.name=opd",
+                "objective.divergence=reverse_kl",
+            ],
+            "rollout.correction is truncated_importance with objective.name=opd and objective.divergence="
+            "reverse_kl, which does not depend on the token drawn",
         ),
         (
             ["train.updates_per_batch=4", "rollout.prompts_per_step=3"],
@@ -274,6 +303,7 @@ def test_every_numeric_setting_has_a_range():
             "POSITIVE_COUNTS",
             "COUNTS",
             "GROUPS",
+            "CAPS",
             "POSITIVE",
             "NOT_NEGATIVE",
             "FINITE",
