@@ -19,7 +19,7 @@ from megatron_scope.config.schema import (
 )
 from megatron_scope.errors import ConfigError
 
-Command = Literal["train", "evaluate"]
+Command = Literal["train", "evaluate", "launch"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +95,8 @@ def check_config(config: Config, *, world_size: int | None = None, command: Comm
     `world_size` is the number of ranks where it is known; `command` says which settings are required.
     """
     _check_ranges(config)
+    if command == "launch":  # a server needs a model and lengths, not a run
+        return
     _check_built(config)
     _check_parallel(config, world_size)
     _check_prompts(config)

@@ -122,7 +122,7 @@ class SampledRollouts(_Drawn):
             for prompt in self._drawer.peek(num_prompts)
         ]
         tokens = min(num_tokens, self._params.max_new_tokens)
-        return await self._service.probe(requests, dataclasses.replace(self._params, max_new_tokens=tokens))
+        return await self.service.probe(requests, dataclasses.replace(self._params, max_new_tokens=tokens))
 
     async def close(self) -> None:
         await self.service.close()

@@ -161,6 +161,7 @@ class ServerClient:
         body = {
             "model_path": path,
             "weight_version": str(version),
+            "load_format": "auto",  # a server that began with dummy weights would go on with them
             "abort_all_requests": abort_running,
             "flush_cache": True,
         }

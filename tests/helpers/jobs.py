@@ -82,6 +82,45 @@ def token_logprobs(settings: dict[str, Any]) -> dict[str, dict[int, np.ndarray]]
         return scores if ranks.speaks_for_scores else {name: {} for name in models}
 
 
+def response_logprobs(
+    hf: str, sequences: list[tuple[tuple[int, ...], tuple[int, ...]]], temperature: float
+) -> list[np.ndarray]:
+    """A model's log-probs of each (prompt ids, response ids), as a step's score stage has them."""
+    from megatron_scope.backend.model import build
+    from megatron_scope.backend.scoring import score
+    from megatron_scope.config.schema import TrainConfig
+    from megatron_scope.convert.hf_folder import HfFolder
+    from megatron_scope.convert.shape import padded_vocab_size
+    from megatron_scope.data.batching import pack
+    from megatron_scope.records import Response
+
+    with layout(ParallelConfig()) as ranks:
+        source = HfFolder(hf)
+        stage = build(
+            source,
+            ranks,
+            TrainConfig(precision=Precision.FLOAT32),
+            padded_vocab=padded_vocab_size(source.shape.vocab_rows, ranks.tensor_size),
+            vocab_size=source.shape.vocab_rows,
+            sequence_parallel=False,
+            pipeline_layers=None,
+            trainable=False,
+        )
+        responses = [
+            Response(
+                index=index,
+                correct=True,
+                stopped=False,
+                prompt_ids=np.array(prompt),
+                output_ids=np.array(response),
+                engine_logprobs=np.zeros(len(response), dtype=np.float32),
+            )
+            for index, (prompt, response) in enumerate(sequences)
+        ]
+        (scores,) = score(stage, pack(responses, micro_batch_tokens=512), ranks, [temperature])
+        return [scores.by_response[index] for index in range(len(responses))]
+
+
 def checkpoint_logits(megatron: str, parallel: dict[str, int], tokens: np.ndarray, out: str) -> None:
     """`convert logits` at a layout."""
     from megatron_scope.backend.logits import write_logits

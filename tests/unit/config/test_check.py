@@ -40,6 +40,11 @@ def test_a_complete_config_passes():
     check_config(build(*TRAIN), command="evaluate")
 
 
+def test_a_server_is_launched_without_what_a_run_needs_but_within_the_ranges():
+    check_config(build("teacher.hf=models/teacher"), command="launch")
+    assert "data.max_prompt_tokens is 0" in message("data.max_prompt_tokens=0", command="launch")
+
+
 @pytest.mark.parametrize(
     ("overrides", "options"),
     [
