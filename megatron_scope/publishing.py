@@ -106,7 +106,7 @@ class BroadcastPublisher:
     ) -> None:
         self._sync, self._ranks = sync, ranks
         dtype = stage.config.params_dtype
-        buckets = plan_buckets(exported_tensors(stage.entries), dtype, sync.bucket_mb * MEGABYTE)
+        buckets = plan_buckets(exported_tensors(stage.entries), dtype, int(sync.bucket_mb * MEGABYTE))
         self._sender = WeightSender(stage, ranks, buckets)
         mine = (ranks.pipeline_rank, buckets) if self._sender.sends else None
         plans = gather_on_first(ranks, mine) if ranks.replica == 0 else []
