@@ -17,8 +17,8 @@ Change = Callable[[str, bytes], bytes]
 
 
 class Proxy:
-    """Passes requests on to `target`, each after `meet(path, body)` and its answer `delay(path, body)` seconds
-    late and as `change(path, answer)` makes it; a context manager that runs in a thread of its own.
+    """Passes requests on to `target`, each after `meet(path, body)` and its answer `delay(path, body)`
+    seconds late and as `change(path, answer)` makes it; a context manager that runs in a thread of its own.
 
     When the connection to the target breaks, so does that to the client.
     """

@@ -1,4 +1,4 @@
-"""Weights by broadcast, end to end: to the embedded server and to a real SGLang, and what breaks on the way."""
+"""Weights by broadcast: to the embedded server, to a real SGLang, and what breaks on the way."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import threading
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
