@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from megatron_scope.config.needs import draws_responses, needs_teacher
+from megatron_scope.config.needs import draws_responses, needs_teacher, teacher_is_served
 from megatron_scope.config.schema import (
     Config,
     Divergence,
@@ -32,15 +32,8 @@ class _Unbuilt:
     use: str
 
 
-def _is_set(value: Any) -> bool:
-    return value is not None
-
-
 # Delete an entry when its feature is built and tested.
-_UNBUILT = (
-    _Unbuilt("teacher.server", _is_set, "teacher.hf"),
-    _Unbuilt("sync.transport", lambda v: v == Transport.BROADCAST, "disk"),
-)
+_UNBUILT = (_Unbuilt("sync.transport", lambda v: v == Transport.BROADCAST, "disk"),)
 
 _POSITIVE_COUNTS = (
     "run.steps",
@@ -53,6 +46,8 @@ _POSITIVE_COUNTS = (
     "rollout.samples_per_prompt",
     "rollout.max_new_tokens",
     "rollout.max_concurrent_requests",
+    "teacher.request_tokens",
+    "teacher.max_concurrent_requests",
     "verify.workers",
     "train.micro_batch_tokens",
     "train.updates_per_batch",
@@ -74,10 +69,13 @@ _POSITIVE = (
     "optimizer.lr",
     "optimizer.eps",
     "teacher.hidden_states_gb",
+    "teacher.start_timeout_s",
+    "teacher.request_timeout_s",
     "evaluate.temperature",
     "sync.timeout_s",
 )
 _NOT_NEGATIVE = (
+    "teacher.canary_tolerance",
     "objective.kl_coefficient",
     "optimizer.min_lr",
     "optimizer.weight_decay",
@@ -225,12 +223,14 @@ def _check_train(config: Config) -> None:
     if not draws_responses(config):
         _needed(config, "data.train", "set data.train to a JSON-lines file of {prompt, response} rows")
         return
-    if needs_teacher(config) and not config.teacher.megatron:
+    if teacher_is_served(config):
+        _check_served_teacher(config)
+    elif needs_teacher(config) and not config.teacher.megatron:
         _needed(
             config,
             "teacher.hf",
-            "the teacher scores incorrect responses; set teacher.hf to a Hugging Face model folder, or "
-            "teacher.megatron to a checkpoint",
+            "the teacher scores incorrect responses; set teacher.hf to a Hugging Face model folder, "
+            "teacher.megatron to a checkpoint, or teacher.server to the URLs of SGLang servers",
         )
     _check_engine(config)
     if config.rollout.engine == Engine.REPLAY:
@@ -270,6 +270,33 @@ def _check_objective(config: Config) -> None:
         raise ConfigError(
             f"objective.ratio_clip is {clip} with objective.name={objective.name}, which has no ratio; set "
             "objective.ratio_clip=null"
+        )
+
+
+def _check_served_teacher(config: Config) -> None:
+    objective, teacher = config.objective, config.teacher
+    _check_urls("teacher.server", teacher.server or ())
+    if objective.divergence != Divergence.SAMPLED:
+        raise ConfigError(
+            f"objective.divergence is {objective.divergence} with teacher.server: an exact divergence needs the "
+            "teacher's hidden states, which a server does not give; set objective.divergence=sampled, or give "
+            "the teacher as teacher.hf or teacher.megatron instead"
+        )
+    if objective.teacher_temperature != 1.0:
+        raise ConfigError(
+            f"objective.teacher_temperature is {objective.teacher_temperature} with teacher.server: a server "
+            "scores at temperature 1; set objective.teacher_temperature=1"
+        )
+    if teacher.megatron is not None:
+        raise ConfigError(
+            "teacher.server and teacher.megatron are both set: a served teacher needs no checkpoint; remove "
+            "one of the two"
+        )
+    shared = set(teacher.server or ()) & set(config.rollout.servers)
+    if shared and config.rollout.engine == Engine.SGLANG:
+        raise ConfigError(
+            f"{min(shared)} is in both teacher.server and rollout.servers: the student's weights are loaded "
+            "into the latter; serve the teacher on servers of its own"
         )
 
 
@@ -319,11 +346,15 @@ def _check_engine(config: Config) -> None:
             "rollout.servers is empty: rollout.engine=sglang needs the servers' URLs; set "
             "rollout.servers=[http://HOST:30000], or rollout.engine=embedded for a small model on a CPU"
         )
-    for url in rollout.servers:
+    _check_urls("rollout.servers", rollout.servers)
+
+
+def _check_urls(key: str, urls: Sequence[str]) -> None:
+    for url in urls:
         if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"rollout.servers has {url!r}: it must be a URL, as in http://HOST:30000")
-    if len(set(rollout.servers)) != len(rollout.servers):
-        raise ConfigError("rollout.servers names a server twice; list each one once")
+            raise ConfigError(f"{key} has {url!r}: it must be a URL, as in http://HOST:30000")
+    if len(set(urls)) != len(urls):
+        raise ConfigError(f"{key} names a server twice; list each one once")
 
 
 def _needed(config: Config, key: str, why: str) -> None:
