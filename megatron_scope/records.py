@@ -73,7 +73,8 @@ class Response:
 
     `index` is its place in the step's canonical order, `group` its prompt's. `prompt_ids` [P] and
     `output_ids` [R] are int64; `engine_logprobs` [R] is float32 and NaN where no engine reported one.
-    `stopped` tells that its last token is a stop token, not the length limit's.
+    `stopped` tells that its last token is a stop token, not the length limit's. `teacher_logprobs` [R] is
+    float32, what a served teacher says of the output ids; None where it was not asked.
     """
 
     index: int
@@ -83,6 +84,7 @@ class Response:
     prompt_ids: np.ndarray
     output_ids: np.ndarray
     engine_logprobs: np.ndarray
+    teacher_logprobs: np.ndarray | None = None
 
     @property
     def num_input_tokens(self) -> int:

@@ -20,7 +20,7 @@ from megatron_scope.backend.scoring import (
 from megatron_scope.backend.setup import Ranks
 from megatron_scope.backend.token_loss import OnDemand, TeacherStates
 from megatron_scope.config import Config
-from megatron_scope.config.needs import needs_old_logprobs
+from megatron_scope.config.needs import needs_old_logprobs, teacher_is_served
 from megatron_scope.config.schema import Divergence, Overflow
 from megatron_scope.errors import ScoringError
 from megatron_scope.objective import Objective
@@ -40,7 +40,10 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """The models of a run that score responses, on one rank; `pack` makes micro-batches."""
+    """The models of a run that score responses, on one rank; `pack` makes micro-batches.
+
+    `teacher` is None where there is none or it is served: then its scores have come with the responses.
+    """
 
     config: Config
     ranks: Ranks
@@ -64,37 +67,35 @@ class Scorer:
         keeps_old = needs_old_logprobs(self.config)
         everybody = np.ones(len(table), dtype=bool)
 
-        def scored(
-            name: str,
-            stage: StageModel | None,
-            mask: np.ndarray,
-            temperature: float,
-            states: TeacherStates | None = None,
-        ) -> tuple[TokenLogprobs, np.ndarray]:
-            keep = states.hidden if states and not states.on_demand else None
-            tokens = self.token_logprobs(stage, responses, mask, temperature, keep)
+        def checked_mean(name: str, tokens: TokenLogprobs, mask: np.ndarray) -> np.ndarray:
             mean = mean_logprobs(tokens, len(table), self.ranks)
             _check_finite(name, mean, mask, names)
-            return tokens, mean
+            return mean
 
-        student, student_mean = scored(
-            "student", self.student, everybody if keeps_old else for_weights, settings.student_temperature
-        )
+        by_student = everybody if keeps_old else for_weights
+        student = self.token_logprobs(self.student, responses, by_student, settings.student_temperature)
+        student_mean = checked_mean("student", student, by_student)
         by_teacher = objective.teacher_scored(table)
         states = self._teacher_states(responses, by_teacher)
-        teacher, teacher_mean = scored(
-            "teacher", self.teacher, by_teacher, settings.teacher_temperature, states
-        )
-        reference, _ = scored(
-            "initial student",
-            self.reference,
-            objective.reference_scored(table),
-            settings.student_temperature,
-        )
+        teacher = self._teacher_logprobs(responses, by_teacher, states)
+        teacher_mean = checked_mean("teacher", teacher, by_teacher)
+        by_reference = objective.reference_scored(table)
+        reference = self.token_logprobs(self.reference, responses, by_reference, settings.student_temperature)
+        checked_mean("initial student", reference, by_reference)
         return Scores(
             np.where(for_weights, student_mean, np.nan),
             teacher_mean,
             KnownLogprobs(teacher, reference, student if keeps_old else None, states),
+        )
+
+    def _teacher_logprobs(
+        self, responses: Sequence[Response], mask: np.ndarray, states: TeacherStates | None
+    ) -> TokenLogprobs:
+        if teacher_is_served(self.config):
+            return served_logprobs(responses, mask)
+        keep = states.hidden if states and not states.on_demand else None
+        return self.token_logprobs(
+            self.teacher, responses, mask, self.config.objective.teacher_temperature, keep
         )
 
     def _teacher_states(self, responses: Sequence[Response], mask: np.ndarray) -> TeacherStates | None:
@@ -141,6 +142,17 @@ class Scorer:
         chosen = [response for response in responses if mask[response.index]]
         stop = self.config.teacher.stop_token_id if stage is self.teacher else None
         return score(stage, self.pack(chosen), self.ranks, temperature, stop_token_id=stop, keep=keep)
+
+
+def served_logprobs(responses: Sequence[Response], mask: np.ndarray) -> TokenLogprobs:
+    """What a served teacher said of the responses in `mask`, bool [N]; those without stay out."""
+    return TokenLogprobs(
+        {
+            response.index: response.teacher_logprobs
+            for response in responses
+            if mask[response.index] and response.teacher_logprobs is not None
+        }
+    )
 
 
 def _check_finite(model: str, mean: np.ndarray, mask: np.ndarray, names: Sequence[str] | None) -> None:

@@ -31,7 +31,7 @@ from megatron_scope.backend.update import (
     statistics,
 )
 from megatron_scope.config import Config, write_config
-from megatron_scope.config.needs import draws_responses, needs_reference, needs_teacher
+from megatron_scope.config.needs import draws_responses, needs_reference, needs_teacher, teacher_is_served
 from megatron_scope.config.schema import Engine, ModelConfig
 from megatron_scope.controller.process import ControllerProcess
 from megatron_scope.controller.rows import ResponseRecord
@@ -90,7 +90,7 @@ class Trainer:
             self.objective,
             self.pack,
             self.student.stage,
-            teacher=self._build(config.teacher, trainable=False) if needs_teacher(config) else None,
+            teacher=self._build(config.teacher, trainable=False) if self._holds_teacher else None,
             reference=self._build(config.student, trainable=False) if needs_reference(config) else None,
         )
         self.update_settings = UpdateSettings(
@@ -276,6 +276,11 @@ class Trainer:
         return micro_batches + [MicroBatch.of_padding(self.row_multiple)] * missing
 
     @property
+    def _holds_teacher(self) -> bool:
+        """A served teacher scores in the controller, which asks its servers."""
+        return needs_teacher(self.config) and not teacher_is_served(self.config)
+
+    @property
     def _publishes(self) -> bool:
         """Only sampling needs new weights; given and replayed responses do not."""
         return self._records and self.config.rollout.engine is not Engine.REPLAY
@@ -290,6 +295,7 @@ class Trainer:
         limits = SequenceLimits(self.vocabulary.size, max_positions(self.config))
         self.controller = ControllerProcess(self.config, limits, str(self.folder.path))
         stack.callback(self.controller.close)
+        self.controller.call("start")
 
     def _checkpoint_is_due(self, step: int) -> bool:
         every = self.config.checkpoint.every

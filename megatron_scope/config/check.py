@@ -278,9 +278,9 @@ def _check_served_teacher(config: Config) -> None:
     _check_urls("teacher.server", teacher.server or ())
     if objective.divergence != Divergence.SAMPLED:
         raise ConfigError(
-            f"objective.divergence is {objective.divergence} with teacher.server: an exact divergence needs the "
-            "teacher's hidden states, which a server does not give; set objective.divergence=sampled, or give "
-            "the teacher as teacher.hf or teacher.megatron instead"
+            f"objective.divergence is {objective.divergence} with teacher.server: an exact divergence needs "
+            "the teacher's hidden states, which a server does not give; set objective.divergence=sampled, "
+            "or give the teacher as teacher.hf or teacher.megatron instead"
         )
     if objective.teacher_temperature != 1.0:
         raise ConfigError(

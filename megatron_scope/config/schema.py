@@ -111,8 +111,8 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig(ModelConfig):
-    # URLs of SGLang servers, all of one model, that score in the place of a model on the ranks; `hf` beside them
-    # gives config and tokenizer only
+    # URLs of SGLang servers, all of one model, that score in the place of a model on the ranks; `hf` beside
+    # them gives config and tokenizer only
     server: tuple[str, ...] | None = None
     api_key_env: str | None = None  # environment variable that holds the servers' API key
     start_timeout_s: float = 900.0  # how long a server may take to become healthy

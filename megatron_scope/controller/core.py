@@ -4,33 +4,54 @@ the record.
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_scope.config.needs import teacher_is_served
 from megatron_scope.config.schema import Config, Truncated
 from megatron_scope.controller.rows import ResponseRecord, write_step
 from megatron_scope.controller.sources import Source, open_source
+from megatron_scope.controller.teacher import ServedTeacher
 from megatron_scope.errors import RolloutError
 from megatron_scope.records import JudgedRollout, Response, Rollout, RolloutCounts, SequenceLimits, StepBatch
 
 
 class Controller:
-    """Holds a source and the rollouts of the current step."""
+    """Holds a source, the rollouts of the current step, and the teacher where it is served."""
 
     def __init__(self, config: Config, limits: SequenceLimits, run_folder: str) -> None:
         self._config = config
         self._limits = limits
         self._folder = Path(run_folder)
         self._source: Source = open_source(config, limits.vocab_size, self._folder / "logs")
+        self._teacher = ServedTeacher(config, limits) if teacher_is_served(config) else None
         self._judged: list[JudgedRollout] = []
 
+    async def start(self) -> None:
+        """Checks what must be right before the first step."""
+        if self._teacher is not None:
+            await self._teacher.start()
+
     async def produce(self, step: int, version: int) -> StepBatch:
-        """Samples (or reads) and judges the responses of a step."""
+        """Samples (or reads) and judges the responses of a step; a served teacher scores those it must."""
         self._judged = await self._source.produce(step, version)
         skipped = int(self._source.state()["skipped"])
-        return make_batch(self._judged, self._config.rollout.truncated, self._limits, skipped)
+        scores = await self._teacher_logprobs()
+        return make_batch(self._judged, self._config.rollout.truncated, self._limits, skipped, scores)
+
+    async def _teacher_logprobs(self) -> dict[int, np.ndarray]:
+        """What a served teacher says of the responses that it must score, by place."""
+        teacher = self._teacher
+        if teacher is None:
+            return {}
+        usable = usable_places(self._judged, self._config.rollout.truncated)
+        places = [place for place in usable if teacher.reads(self._judged[place])]
+        scores = await asyncio.gather(*(teacher.score(self._judged[place].rollout) for place in places))
+        return dict(zip(places, scores, strict=True))
 
     async def publish(self, folder: str, version: int) -> None:
         """Hands new weights to the rollout servers."""
@@ -53,6 +74,8 @@ class Controller:
     async def close(self) -> None:
         """Ends servers and verifiers."""
         await self._source.close()
+        if self._teacher is not None:
+            await self._teacher.close()
 
 
 def usable_places(judged: list[JudgedRollout], truncated: Truncated) -> list[int]:
@@ -69,9 +92,14 @@ def usable_places(judged: list[JudgedRollout], truncated: Truncated) -> list[int
 
 
 def make_batch(
-    judged: list[JudgedRollout], truncated: Truncated, limits: SequenceLimits, skipped: int
+    judged: list[JudgedRollout],
+    truncated: Truncated,
+    limits: SequenceLimits,
+    skipped: int,
+    teacher_logprobs: Mapping[int, np.ndarray] | None = None,
 ) -> StepBatch:
-    """The step's usable responses as arrays, with counts of the rest.
+    """The step's usable responses as arrays, with counts of the rest; `teacher_logprobs` by place in
+    `judged`.
 
     RolloutError when none is usable, or one is longer or has another id than the models can take.
     """
@@ -100,6 +128,7 @@ def make_batch(
                 prompt_ids=_ids(rollout.prompt.token_ids, limits.vocab_size, name),
                 output_ids=_ids(rollout.output_ids, limits.vocab_size, name),
                 engine_logprobs=np.array(rollout.engine_logprobs, dtype=np.float32),
+                teacher_logprobs=None if teacher_logprobs is None else teacher_logprobs.get(place),
             )
         )
         names.append(name)

@@ -1,5 +1,5 @@
-"""A teacher behind servers, as the controller uses it: which responses it reads, and what is checked of it before
-the run.
+"""A teacher behind servers, as the controller uses it: which responses it reads, and what is checked of it
+before the run.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class ServedTeacher:
         self._pool = TeacherPool(teacher.server or (), options, api_key=_api_key(teacher.api_key_env))
 
     async def start(self) -> None:
-        """Returns once every server is healthy and serves the same model, which has the student's tokens and room
-        for its responses; ConfigError or ScoringError of one line otherwise.
+        """Returns once every server is healthy and serves the same model, which has the student's tokens and
+        room for its responses; ConfigError or ScoringError of one line otherwise.
         """
         facts = await self._pool.connect()
         folder = self._config.student.companions
@@ -60,8 +60,8 @@ class ServedTeacher:
     async def score(self, rollout: Rollout) -> np.ndarray:
         """The teacher's log-prob of each output token, float32 [R] in nats at temperature 1.
 
-        The stop token of a response is scored as `teacher.stop_token_id` where that is set. ScoringError where
-        the teacher cannot take the response, or no server scores it.
+        The stop token of a response is scored as `teacher.stop_token_id` where that is set. ScoringError
+        where the teacher cannot take the response, or no server scores it.
         """
         name = f"prompt {rollout.prompt.id}, sample {rollout.sample}"
         targets, stop = rollout.output_ids, self._config.teacher.stop_token_id
@@ -77,8 +77,8 @@ class ServedTeacher:
         outside = ids[(ids < 0) | (ids >= self._vocab_size)]
         if len(outside):  # SGLang does not survive one
             raise ScoringError(
-                f"{name} holds token id {outside[0]}, but the teacher is known to have {self._vocab_size} ids; "
-                "sample with the student's own tokenizer and vocabulary"
+                f"{name} holds token id {outside[0]}, but the teacher is known to have {self._vocab_size} "
+                "ids; sample with the student's own tokenizer and vocabulary"
             )
         return await self._pool.score(request)
 
@@ -96,15 +96,15 @@ class ServedTeacher:
         elif told.vocab_rows < self._limits.vocab_size:
             raise ConfigError(
                 f"{server.url}: the teacher's table has {told.vocab_rows} rows, but ids up to "
-                f"{self._limits.vocab_size - 1} count; set teacher.hf to a folder with the teacher's config.json "
-                "and tokenizer, so that only the ids that both models have count"
+                f"{self._limits.vocab_size - 1} count; set teacher.hf to a folder with the teacher's "
+                "config.json and tokenizer, so that only the ids that both models have count"
             )
 
     async def _check_tokens(
         self, server: TeacherServer, told: ServerFacts, tokenizer: Any, folder: str
     ) -> None:
-        """The same tokens have the same ids: by the tokenizer's files where they can be read here, else by the text
-        that the server gives for each id.
+        """The same tokens have the same ids: by the tokenizer's files where they can be read here, else by
+        the text that the server gives for each id.
         """
         if told.tokenizer_path is not None and Path(told.tokenizer_path).is_dir():
             check_same_tokens(tokenizer, load_tokenizer(told.tokenizer_path), folder, told.tokenizer_path)
@@ -123,9 +123,9 @@ class ServedTeacher:
             if differing:
                 place = differing[0]
                 raise ConfigError(
-                    f"{server.url}: the teacher's tokenizer is not that of {folder}: token id {ids[place]} is "
-                    f"{theirs[place]!r} there and {ours[place]!r} here; student and teacher must share one "
-                    "vocabulary"
+                    f"{server.url}: the teacher's tokenizer is not that of {folder}: token id {ids[place]} "
+                    f"is {theirs[place]!r} there and {ours[place]!r} here; student and teacher must share "
+                    "one vocabulary"
                 )
 
     def _check_lengths(self, facts: Sequence[ServerFacts]) -> None:
@@ -137,9 +137,9 @@ class ServedTeacher:
         longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
         if longest > self._max_tokens:
             raise ConfigError(
-                f"data.max_prompt_tokens + rollout.max_new_tokens is {longest}, but the teacher's servers take "
-                f"{self._max_tokens} tokens at most (SGLang: --context-length less 7); start them with a greater "
-                "one, or lower the two"
+                f"data.max_prompt_tokens + rollout.max_new_tokens is {longest}, but the teacher's servers "
+                f"take {self._max_tokens} tokens at most (SGLang: --context-length less 7); start them with "
+                "a greater one, or lower the two"
             )
 
 

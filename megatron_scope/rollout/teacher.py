@@ -81,8 +81,8 @@ class TeacherServer:
         model = await self._get("/model_info")
         if model.get("is_generation") is not True:
             raise ConfigError(
-                f"{self.url}: {model.get('model_path')} is not served as a generation model (is_generation is "
-                f"{model.get('is_generation')!r}); start the teacher without --is-embedding"
+                f"{self.url}: {model.get('model_path')} is not served as a generation model (is_generation "
+                f"is {model.get('is_generation')!r}); start the teacher without --is-embedding"
             )
         server = await self._get("/server_info")
         longest = server.get("max_req_input_len")  # SGLang takes less than this, the embedded server all of

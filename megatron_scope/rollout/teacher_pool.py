@@ -65,7 +65,8 @@ class TeacherPool:
     async def connect(self) -> list[ServerFacts]:
         """What each server tells of itself, once all are healthy.
 
-        ScoringError where one is not within `start_timeout_s`, ConfigError where one serves no generation model.
+        ScoringError where one is not within `start_timeout_s`, ConfigError where one serves no generation
+        model.
         """
         limit_s = self._options.start_timeout_s
         try:
@@ -78,8 +79,8 @@ class TeacherPool:
         return facts
 
     async def compare(self, facts: Sequence[ServerFacts], vocab_size: int) -> None:
-        """Scores a fixed sequence of ids below `vocab_size`, the canary, on every server; ConfigError where two do
-        not agree on it. `facts` are those of `connect`.
+        """Scores a fixed sequence of ids below `vocab_size`, the canary, on every server; ConfigError where
+        two do not agree on it. `facts` are those of `connect`.
         """
         longest = min([CANARY_TOKENS, *(told.max_input_tokens or CANARY_TOKENS for told in facts)])
         self._canary = canary(vocab_size, longest)
@@ -92,15 +93,15 @@ class TeacherPool:
             apart = self._distance(values)
             if apart > self._options.canary_tolerance:
                 raise ConfigError(
-                    f"{server.url} ({told.model_path}) and {self.servers[0].url} ({facts[0].model_path}) give "
-                    f"the same tokens log-probs that are {apart:.3g} nats apart on average "
-                    f"(teacher.canary_tolerance={self._options.canary_tolerance:g}); serve the same teacher on "
-                    "all of teacher.server"
+                    f"{server.url} ({told.model_path}) and {self.servers[0].url} ({facts[0].model_path}) "
+                    f"give the same tokens log-probs that are {apart:.3g} nats apart on average "
+                    f"(teacher.canary_tolerance={self._options.canary_tolerance:g}); serve the same teacher "
+                    "on all of teacher.server"
                 )
 
     async def score(self, request: ScoringRequest) -> np.ndarray:
-        """The log-probs of one response, float32 [R] in nats at temperature 1; ScoringError where no server gives
-        them.
+        """The log-probs of one response, float32 [R] in nats at temperature 1; ScoringError where no server
+        gives them.
         """
         loop = asyncio.get_running_loop()
         waiting = _Waiting(request, loop.create_future())
@@ -190,8 +191,8 @@ class TeacherPool:
             _fail(
                 waiting,
                 ScoringError(
-                    f"{error}: the teacher did not score {what} in {waiting.failures} tries; {mend}look at the "
-                    "server's log"
+                    f"{error}: the teacher did not score {what} in {waiting.failures} tries; {mend}look at "
+                    "the server's log"
                 ),
             )
 
@@ -228,8 +229,8 @@ class TeacherPool:
         apart = self._distance(await self._score_canary(server))
         if apart > self._options.canary_tolerance:
             raise ScoringError(
-                f"{server.url} ({told.model_path}) gives log-probs that are {apart:.3g} nats apart on average from "
-                "those at the start; serve the same teacher there"
+                f"{server.url} ({told.model_path}) gives log-probs that are {apart:.3g} nats apart on "
+                "average from those at the start; serve the same teacher there"
             )
 
     def _arm(self) -> None:
@@ -251,9 +252,9 @@ class TeacherPool:
             _fail(
                 waiting,
                 ScoringError(
-                    f"the teacher did not score {waiting.request.name}: none of its servers answers or came back "
-                    f"within teacher.start_timeout_s={self._options.start_timeout_s:g} ({reasons}); start them "
-                    "again, and go on with --resume auto"
+                    f"the teacher did not score {waiting.request.name}: none of its servers answers or came "
+                    f"back within teacher.start_timeout_s={self._options.start_timeout_s:g} ({reasons}); "
+                    "start them again, and go on with --resume auto"
                 ),
             )
 

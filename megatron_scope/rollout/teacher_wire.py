@@ -1,4 +1,5 @@
-"""The wire format of a teacher's scores on the client's side: requests written, answers checked; no HTTP here.
+"""The wire format of a teacher's scores on the client's side: requests written, answers checked; no HTTP
+here.
 
 A server that is asked for no new token gives the log-probs of the input from `logprob_start_len` on, at
 temperature 1: first an entry without one, then one for each response token.
@@ -77,8 +78,8 @@ def _scores(answer: Any, request: ScoringRequest, where: str, weight_version: st
     version = str(meta.get("weight_version"))
     if weight_version is not None and version != weight_version:
         raise ScoringError(
-            f"{where} comes from weight version {version!r}, not {weight_version!r} as at the start; a teacher's "
-            "weights stay as they are: does a trainer publish to this server?"
+            f"{where} comes from weight version {version!r}, not {weight_version!r} as at the start; a "
+            "teacher's weights stay as they are: does a trainer publish to this server?"
         )
     return _logprobs(meta.get("input_token_logprobs"), request, where)
 
@@ -88,7 +89,8 @@ def _logprobs(entries: Any, request: ScoringRequest, where: str) -> np.ndarray:
     if not isinstance(entries, list) or len(entries) != len(expected):
         got = max(len(entries) - 1, 0) if isinstance(entries, list) else "no"
         raise ScoringError(
-            f"{where} has {got} log-probs for {len(request.target_ids)} response tokens; expected one for each"
+            f"{where} has {got} log-probs for {len(request.target_ids)} response tokens; expected one for "
+            "each"
         )
     # Column by column, since a step has millions of entries [log-prob, token id, text].
     try:
@@ -108,7 +110,7 @@ def _logprobs(entries: Any, request: ScoringRequest, where: str) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(logprobs))
     if len(bad):
         raise ScoringError(
-            f"{where}: the log-prob of response token {bad[0]} is {entries[bad[0] + 1][0]}; expected a finite "
-            "number: are the teacher's weights and its precision sound?"
+            f"{where}: the log-prob of response token {bad[0]} is {entries[bad[0] + 1][0]}; expected a "
+            "finite number: are the teacher's weights and its precision sound?"
         )
     return logprobs
