@@ -182,7 +182,7 @@ def names_of(requests: Sequence[ScoringRequest]) -> str:
 
 
 def _vocab_rows(told: Any, model_path: str) -> int | None:
-    """The rows of a server's table, which SGLang does not tell, but its model folder where one can read it."""
+    """The rows of a server's table: SGLang does not tell, but its model folder does where one can read it."""
     if told is None:
         try:
             config = json.loads((Path(model_path) / "config.json").read_text(encoding="utf-8"))
