@@ -17,16 +17,27 @@ from megatron_scope.records import ResponseTable, RolloutCounts
 
 
 class StageClock:
-    """Wall-clock seconds of each named stage of a step."""
+    """Wall-clock seconds of each named stage of a step, which may come in several spans."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self._spans: dict[str, list[tuple[float, float]]] = {}
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started = time.monotonic()
         yield
-        self.seconds[name] = time.perf_counter() - started
+        self._spans.setdefault(name, []).append((started, time.monotonic()))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The seconds of each stage so far."""
+        return {name: sum(end - start for start, end in spans) for name, spans in self._spans.items()}
+
+    def share_before(self, name: str, moment_s: float) -> float:
+        """The share of a stage's seconds that lies before a moment of the monotonic clock."""
+        spans = self._spans[name]
+        before = sum(max(0.0, min(end, moment_s) - start) for start, end in spans)
+        return before / max(self.seconds[name], 1e-9)
 
 
 def step_metrics(
@@ -41,12 +52,14 @@ def step_metrics(
     oldest_version: int,
     sampled_now: bool,
     seconds: dict[str, float],
+    scoring_hidden_share: float,
 ) -> dict[str, Any]:
     """A step's row of metrics.jsonl; null stands for a mean over nothing and for what was not measured.
 
     Log-probs and KL in nats, lengths in tokens, times in seconds. `grad_noise_incorrect` is the root of the
-    summed variance of the gradient whose norm is `grad_norm_incorrect`. Only `seconds` and tokens_per_second
-    vary by run.
+    summed variance of the gradient whose norm is `grad_norm_incorrect`. `scoring_hidden_share` is the share
+    of scoring time that fell before the last response was there. Only times and what follows from them vary
+    by run.
     """
     stats = update.stats
     paths = update.path_gradients
@@ -88,6 +101,6 @@ def step_metrics(
         "response_tokens": int(table.num_tokens.sum()),
         "tokens_per_second": float(table.num_tokens.sum() / total_s),
         "seconds": {**seconds, "total": total_s},
-        "scoring_hidden_share": 0.0,  # scoring starts when the last response has arrived
+        "scoring_hidden_share": scoring_hidden_share,
     }
     return without_nan(row)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from megatron_scope.config.needs import draws_responses, needs_teacher, teacher_is_served
+from megatron_scope.config.needs import draws_responses, holds_teacher, teacher_is_served
 from megatron_scope.config.schema import Config, DataConfig, Engine, ModelConfig
 from megatron_scope.convert.hf_folder import read_json
 from megatron_scope.convert.shape import check_layout, check_trainable, padded_vocab_size, spread_layers
@@ -47,8 +47,7 @@ def max_positions(config: Config) -> int:
 
 def _models(config: Config) -> list[ModelConfig]:
     """Those that the ranks hold."""
-    has_teacher = needs_teacher(config) and not teacher_is_served(config)
-    return [config.student, config.teacher] if has_teacher else [config.student]
+    return [config.student, config.teacher] if holds_teacher(config) else [config.student]
 
 
 def _of_served_teacher(config: Config, key: str) -> list[int]:
@@ -65,7 +64,7 @@ def check_files(config: Config) -> None:
     folder, teacher_folder = config.student.companions, config.teacher.companions
     tokenizer = load_tokenizer(folder)
     size = vocabulary(config).size
-    if len(_models(config)) == 2:
+    if holds_teacher(config):
         _check_model(config, config.teacher)
     if _teacher_has_files(config):
         check_same_tokens(tokenizer, load_tokenizer(teacher_folder), folder, teacher_folder)
@@ -119,7 +118,7 @@ def warnings_of(config: Config) -> list[str]:
 
 def _teacher_has_files(config: Config) -> bool:
     """A served teacher may come without; then its tokenizer is checked on its servers."""
-    return needs_teacher(config) and (not teacher_is_served(config) or config.teacher.hf is not None)
+    return holds_teacher(config) or (teacher_is_served(config) and config.teacher.hf is not None)
 
 
 def _check_outside_run(config: Config, inputs: dict[str, str | None]) -> None:

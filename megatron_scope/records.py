@@ -61,24 +61,27 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class JudgedRollout:
-    """A rollout with its verdict."""
+    """A rollout with its verdict, and what a served teacher says of its output ids (float32 [R], nats; None
+    where it was not asked).
+    """
 
     rollout: Rollout
     verdict: Verdict
+    teacher_logprobs: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Response:
     """One verified response as the training ranks see it.
 
-    `index` is its place in the step's canonical order, `group` its prompt's. `prompt_ids` [P] and
-    `output_ids` [R] are int64; `engine_logprobs` [R] is float32 and NaN where no engine reported one.
-    `stopped` tells that its last token is a stop token, not the length limit's. `teacher_logprobs` [R] is
-    float32, what a served teacher says of the output ids; None where it was not asked.
+    `index` is its number: its place among the step's rollouts while they arrive, and in the canonical order
+    of the usable ones once all are there. `prompt_ids` [P] and `output_ids` [R] are int64; `engine_logprobs`
+    [R] is float32 and NaN where no engine reported one. `stopped` tells that its last token is a stop token,
+    not the length limit's. `teacher_logprobs` [R] is float32, what a served teacher says; None where it was
+    not asked.
     """
 
     index: int
-    group: int
     correct: bool
     stopped: bool
     prompt_ids: np.ndarray
@@ -117,18 +120,6 @@ class RolloutCounts:
 
 
 @dataclasses.dataclass(frozen=True)
-class StepBatch:
-    """A step's usable responses in canonical order, with a name ("prompt id, sample") for each in
-    messages.
-    """
-
-    responses: tuple[Response, ...]
-    names: tuple[str, ...]
-    counts: RolloutCounts
-    oldest_version: int  # of the weights that made these responses
-
-
-@dataclasses.dataclass(frozen=True)
 class ResponseTable:
     """What every rank knows of all N usable responses of a step, in canonical order.
 
@@ -145,6 +136,31 @@ class ResponseTable:
 
     def __len__(self) -> int:
         return len(self.group)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPart:
+    """The usable responses that have arrived since the part before, by place; `is_last` ends the step."""
+
+    responses: tuple[Response, ...]
+    is_last: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSummary:
+    """What is known of a step once all its rollouts are there.
+
+    `table` has its N usable responses in canonical order, `places` int64 [N] their places among the rollouts,
+    and `names` ("prompt id, sample") what messages call them. `last_arrival_s` is the time of the last
+    verdict by the machine's monotonic clock.
+    """
+
+    table: ResponseTable
+    places: np.ndarray
+    names: tuple[str, ...]
+    counts: RolloutCounts
+    oldest_version: int  # of the weights that made these responses
+    last_arrival_s: float
 
 
 @dataclasses.dataclass(frozen=True)

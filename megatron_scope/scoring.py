@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from megatron_scope.arriving import LocalBatch
 from megatron_scope.backend.distribute import largest
 from megatron_scope.backend.hidden_states import HiddenStates
 from megatron_scope.backend.model import StageModel
@@ -20,11 +22,11 @@ from megatron_scope.backend.scoring import (
 from megatron_scope.backend.setup import Ranks
 from megatron_scope.backend.token_loss import OnDemand, TeacherStates
 from megatron_scope.config import Config
-from megatron_scope.config.needs import needs_old_logprobs, teacher_is_served
+from megatron_scope.config.needs import needs_old_logprobs
 from megatron_scope.config.schema import Divergence, Overflow
 from megatron_scope.errors import ScoringError
 from megatron_scope.objective import Objective
-from megatron_scope.records import MicroBatch, Response, ResponseTable
+from megatron_scope.records import MicroBatch, Response
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Scores:
 class Scorer:
     """The models of a run that score responses, on one rank; `pack` makes micro-batches.
 
-    `teacher` is None where there is none or it is served: then its scores have come with the responses.
+    `teacher` is None where there is none, or where it is served: then its scores come with the responses.
     """
 
     config: Config
@@ -53,106 +55,152 @@ class Scorer:
     teacher: StageModel | None
     reference: StageModel | None
 
-    def score(
-        self, responses: Sequence[Response], table: ResponseTable, names: Sequence[str] | None
-    ) -> Scores:
-        """What the objective must know before the update. SCOPE: student log-probs of the correct responses
-        and teacher log-probs of the incorrect ones only (Eq. 4, 5).
-
-        `responses` are this replica's, `table` and `names` (for messages, on rank 0) are of all. Raises
-        ScoringError, on every rank, for a log-prob that is not finite.
-        """
-        settings, objective = self.config.objective, self.objective
-        for_weights = objective.student_scored(table)
-        keeps_old = needs_old_logprobs(self.config)
-        everybody = np.ones(len(table), dtype=bool)
-
-        def checked_mean(name: str, tokens: TokenLogprobs, mask: np.ndarray) -> np.ndarray:
-            mean = mean_logprobs(tokens, len(table), self.ranks)
-            _check_finite(name, mean, mask, names)
-            return mean
-
-        by_student = everybody if keeps_old else for_weights
-        student = self.token_logprobs(self.student, responses, by_student, settings.student_temperature)
-        student_mean = checked_mean("student", student, by_student)
-        by_teacher = objective.teacher_scored(table)
-        states = self._teacher_states(responses, by_teacher)
-        teacher = self._teacher_logprobs(responses, by_teacher, states)
-        teacher_mean = checked_mean("teacher", teacher, by_teacher)
-        by_reference = objective.reference_scored(table)
-        reference = self.token_logprobs(self.reference, responses, by_reference, settings.student_temperature)
-        checked_mean("initial student", reference, by_reference)
-        return Scores(
-            np.where(for_weights, student_mean, np.nan),
-            teacher_mean,
-            KnownLogprobs(teacher, reference, student if keeps_old else None, states),
-        )
-
-    def _teacher_logprobs(
-        self, responses: Sequence[Response], mask: np.ndarray, states: TeacherStates | None
-    ) -> TokenLogprobs:
-        if teacher_is_served(self.config):
-            return served_logprobs(responses, mask)
-        keep = states.hidden if states and not states.on_demand else None
-        return self.token_logprobs(
-            self.teacher, responses, mask, self.config.objective.teacher_temperature, keep
-        )
-
-    def _teacher_states(self, responses: Sequence[Response], mask: np.ndarray) -> TeacherStates | None:
-        """Room for the teacher's hidden states of the responses in `mask`, where an exact divergence will
-        read them.
-        """
-        settings, teacher = self.config.objective, self.teacher
-        if teacher is None or settings.divergence is Divergence.SAMPLED:
-            return None
-        scale = settings.student_temperature / settings.teacher_temperature
-        limit = int(self.config.teacher.hidden_states_gb * 1e9)
-        kept = TeacherStates(teacher, HiddenStates(self.ranks, limit), settings.divergence, scale)
-        if self.config.teacher.hidden_states_overflow is Overflow.FILE:
-            return kept
-        token_bytes = teacher.shape.hidden_size * teacher.config.params_dtype.itemsize
-        needed = sum(len(response.output_ids) for response in responses if mask[response.index]) * token_bytes
-        if largest(self.ranks, needed) <= limit * self.ranks.tensor_size:
-            return kept
-
-        def teacher_pass(indices: Sequence[int], hidden: HiddenStates) -> None:
-            wanted = mask & np.isin(np.arange(len(mask)), indices)
-            chosen = [response for response in responses if wanted[response.index]]
-            keep_hidden_states(teacher, self.pack(chosen), self.ranks, hidden)
-
-        fitting = limit * self.ranks.tensor_size // (self.config.train.micro_batch_tokens * token_bytes)
-        on_demand = OnDemand(max(1, fitting), teacher_pass)
-        return dataclasses.replace(
-            kept, hidden=HiddenStates(self.ranks, limit_bytes=None), on_demand=on_demand
-        )
-
     def token_logprobs(
         self,
         stage: StageModel | None,
         responses: Sequence[Response],
-        mask: np.ndarray,
         temperature: float,
         keep: HiddenStates | None = None,
     ) -> TokenLogprobs:
-        """A model's log-probs of the responses in `mask`, bool [N]; nothing without a model. `keep` takes its
-        hidden states.
+        """A model's log-probs of this replica's `responses`; nothing without a model. `keep` takes its hidden
+        states.
         """
         if stage is None:
             return TokenLogprobs({})
-        chosen = [response for response in responses if mask[response.index]]
         stop = self.config.teacher.stop_token_id if stage is self.teacher else None
-        return score(stage, self.pack(chosen), self.ranks, temperature, stop_token_id=stop, keep=keep)
+        return score(stage, self.pack(responses), self.ranks, temperature, stop_token_id=stop, keep=keep)
 
 
-def served_logprobs(responses: Sequence[Response], mask: np.ndarray) -> TokenLogprobs:
-    """What a served teacher said of the responses in `mask`, bool [N]; those without stay out."""
-    return TokenLogprobs(
-        {
-            response.index: response.teacher_logprobs
-            for response in responses
-            if mask[response.index] and response.teacher_logprobs is not None
+class StepScoring:
+    """The scores of one step, response by response as they arrive: what the objective must know before the
+    update. SCOPE: student log-probs of the correct responses and teacher log-probs of the incorrect ones only
+    (Eq. 4, 5).
+
+    Every rank adds every part, empty or not, and finishes: both are collectives.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
+        self._keeps_old = needs_old_logprobs(scorer.config)
+        self._kept = self._room_for_states()
+        self._makes_states_anew = False
+        self._found: dict[str, dict[int, np.ndarray]] = {
+            name: {} for name in ("student", "teacher", "reference")
         }
-    )
+
+    def add(self, responses: Sequence[Response]) -> None:
+        """Scores this replica's share of a part of the step."""
+        scorer, settings = self._scorer, self._scorer.config.objective
+        masks = self._masks(np.array([response.correct for response in responses], dtype=bool))
+        chosen = {name: list(itertools.compress(responses, mask)) for name, mask in masks.items()}
+        if self._kept is not None:
+            self._makes_states_anew |= self._overflows(chosen["teacher"])
+        keep = None if self._makes_states_anew else self._kept
+        student_t, teacher_t = settings.student_temperature, settings.teacher_temperature
+        for name, stage, temperature, states in (
+            ("student", scorer.student, student_t, None),
+            ("teacher", scorer.teacher, teacher_t, keep),
+            ("reference", scorer.reference, student_t, None),
+        ):
+            scores = scorer.token_logprobs(stage, chosen[name], temperature, states)
+            self._found[name].update(scores.by_response)
+        self._found["teacher"].update(served_logprobs(chosen["teacher"]))
+
+    def finish(self, batch: LocalBatch) -> Scores:
+        """The scores of the complete step under its canonical indices.
+
+        Raises ScoringError, on every rank, for a log-prob that is not finite.
+        """
+        masks = self._masks(batch.table.correct)
+        tokens, means = {}, {}
+        for name, found in self._found.items():
+            tokens[name] = TokenLogprobs(found).renumbered(batch.index_of)
+            means[name] = mean_logprobs(tokens[name], len(batch.table), self._scorer.ranks)
+            _check_finite(_WHO[name], means[name], masks[name], batch.names)
+        for_weights = self._scorer.objective.student_scored(batch.table.correct)
+        return Scores(
+            np.where(for_weights, means["student"], np.nan),
+            means["teacher"],
+            KnownLogprobs(
+                tokens["teacher"],
+                tokens["reference"],
+                tokens["student"] if self._keeps_old else None,
+                self._teacher_states(batch, masks["teacher"]),
+            ),
+        )
+
+    def _masks(self, correct: np.ndarray) -> dict[str, np.ndarray]:
+        """Which responses each model scores, bool [N]."""
+        objective = self._scorer.objective
+        everybody = np.ones(len(correct), dtype=bool)
+        return {
+            "student": everybody if self._keeps_old else objective.student_scored(correct),
+            "teacher": objective.teacher_scored(correct),
+            "reference": objective.reference_scored(correct),
+        }
+
+    # ---- the teacher's hidden states, for exact divergences
+
+    def _room_for_states(self) -> HiddenStates | None:
+        """For the teacher's hidden states, where an exact divergence will read them."""
+        config = self._scorer.config
+        if self._scorer.teacher is None or config.objective.divergence is Divergence.SAMPLED:
+            return None
+        return HiddenStates(self._scorer.ranks, int(config.teacher.hidden_states_gb * 1e9))
+
+    def _overflows(self, responses: Sequence[Response]) -> bool:
+        """Whether the hidden states of a whole step's responses are to be made anew in the update, since they
+        do not fit."""
+        if self._scorer.config.teacher.hidden_states_overflow is Overflow.FILE:
+            return False
+        needed = sum(len(response.output_ids) for response in responses) * self._token_bytes
+        return largest(self._scorer.ranks, needed) > self._limit_bytes
+
+    def _teacher_states(self, batch: LocalBatch, mask: np.ndarray) -> TeacherStates | None:
+        scorer = self._scorer
+        settings, teacher, hidden = scorer.config.objective, scorer.teacher, self._kept
+        if teacher is None or hidden is None:
+            return None
+        hidden.renumber(batch.index_of)
+        scale = settings.student_temperature / settings.teacher_temperature
+        states = TeacherStates(teacher, hidden, settings.divergence, scale)
+        if not self._makes_states_anew:
+            return states
+
+        def teacher_pass(indices: Sequence[int], hidden: HiddenStates) -> None:
+            wanted = mask & np.isin(np.arange(len(mask)), indices)
+            chosen = [response for response in batch.responses if wanted[response.index]]
+            keep_hidden_states(teacher, scorer.pack(chosen), scorer.ranks, hidden)
+
+        fitting = self._limit_bytes // (scorer.config.train.micro_batch_tokens * self._token_bytes)
+        return dataclasses.replace(
+            states,
+            hidden=HiddenStates(scorer.ranks, limit_bytes=None),
+            on_demand=OnDemand(max(1, fitting), teacher_pass),
+        )
+
+    @property
+    def _token_bytes(self) -> int:
+        teacher = self._scorer.teacher
+        assert teacher is not None
+        return teacher.shape.hidden_size * teacher.config.params_dtype.itemsize
+
+    @property
+    def _limit_bytes(self) -> int:
+        """Of a replica's last stage: its tensor ranks share the hidden states."""
+        return int(self._scorer.config.teacher.hidden_states_gb * 1e9) * self._scorer.ranks.tensor_size
+
+
+def served_logprobs(responses: Sequence[Response]) -> dict[int, np.ndarray]:
+    """What a served teacher has said of responses, by index; those of which it has not are left out."""
+    return {
+        response.index: response.teacher_logprobs
+        for response in responses
+        if response.teacher_logprobs is not None
+    }
+
+
+_WHO = {"student": "student", "teacher": "teacher", "reference": "initial student"}  # in messages
 
 
 def _check_finite(model: str, mean: np.ndarray, mask: np.ndarray, names: Sequence[str] | None) -> None:

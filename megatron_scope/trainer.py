@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_scope.arriving import ArrivingStep, LocalBatch
 from megatron_scope.backend import checkpoint, setup
-from megatron_scope.backend.distribute import largest, on_rank_zero, scatter_to_replicas
+from megatron_scope.backend.distribute import largest, on_rank_zero
 from megatron_scope.backend.export import save_gradients, save_hf_folder
 from megatron_scope.backend.learning_rate import learning_rate
 from megatron_scope.backend.model import StageModel, build
@@ -31,39 +32,21 @@ from megatron_scope.backend.update import (
     statistics,
 )
 from megatron_scope.config import Config, write_config
-from megatron_scope.config.needs import draws_responses, needs_reference, needs_teacher, teacher_is_served
+from megatron_scope.config.needs import draws_responses, holds_teacher, needs_reference, overlaps_scoring
 from megatron_scope.config.schema import Engine, ModelConfig
 from megatron_scope.controller.process import ControllerProcess
 from megatron_scope.controller.rows import ResponseRecord
 from megatron_scope.convert.sources import open_model
-from megatron_scope.data.batching import assign_replicas, pack, response_table
+from megatron_scope.data.batching import pack
 from megatron_scope.metrics import StageClock, step_metrics
 from megatron_scope.objective import build_objective
 from megatron_scope.objective.objectives import WeighedResponses
 from megatron_scope.preflight import check_files, max_positions, vocabulary, warnings_of
 from megatron_scope.progress import Progress
-from megatron_scope.records import (
-    MicroBatch,
-    Response,
-    ResponseTable,
-    RolloutCounts,
-    SequenceLimits,
-    StepBatch,
-)
+from megatron_scope.records import MicroBatch, SequenceLimits
 from megatron_scope.run_folder import RunFolder
-from megatron_scope.scoring import Scorer, Scores
+from megatron_scope.scoring import Scorer, Scores, StepScoring
 from megatron_scope.sync.disk import remove_old_versions
-
-
-@dataclasses.dataclass(frozen=True)
-class LocalBatch:
-    """What one rank knows of a step: its replica's responses, and the table of all."""
-
-    responses: list[Response]
-    table: ResponseTable
-    counts: RolloutCounts
-    oldest_version: int
-    names: tuple[str, ...] | None  # on rank 0
 
 
 class Trainer:
@@ -90,7 +73,7 @@ class Trainer:
             self.objective,
             self.pack,
             self.student.stage,
-            teacher=self._build(config.teacher, trainable=False) if self._holds_teacher else None,
+            teacher=self._build(config.teacher, trainable=False) if holds_teacher(config) else None,
             reference=self._build(config.student, trainable=False) if needs_reference(config) else None,
         )
         self.update_settings = UpdateSettings(
@@ -154,10 +137,7 @@ class Trainer:
     def step(self, step: int) -> dict[str, Any]:
         """One training step; returns its row of metrics.jsonl."""
         clock = StageClock()
-        with clock.stage("rollout"):
-            batch = self.roll_out(step)
-        with clock.stage("score"):
-            scores = self.score(batch)
+        batch, scores = self.roll_out_and_score(step, clock)
         with clock.stage("weigh"):
             weighed = self.objective.weigh(batch.table, scores.student_mean, scores.teacher_mean)
         with clock.stage("update"):
@@ -177,39 +157,39 @@ class Trainer:
             oldest_version=batch.oldest_version,
             sampled_now=self._publishes,
             seconds=clock.seconds,
+            scoring_hidden_share=clock.share_before("score", batch.last_arrival_s),
         )
         on_rank_zero(self.ranks, lambda: self.folder.append_metrics(row))
         return row
 
     # ---- stages
 
-    def roll_out(self, step: int) -> LocalBatch:
+    def roll_out(self, step: int) -> ArrivingStep:
         """Judged responses from the controller, each with the replica that keeps it for the step."""
+        # As many as fill a micro-batch of every replica, when scoring need not wait for the last one.
+        share = self.config.train.micro_batch_tokens * self.ranks.num_replicas
+        return ArrivingStep(
+            self.ranks,
+            self.controller,
+            step=step,
+            version=step - 1,
+            least_tokens=share if overlaps_scoring(self.config) else None,
+        )
 
-        def produce() -> tuple[ResponseTable, RolloutCounts, int]:
-            assert self.controller is not None
-            batches.append(self.controller.call("produce", step, step - 1))
-            table = response_table(batches[0].responses, self.config.train.updates_per_batch)
-            return table, batches[0].counts, batches[0].oldest_version
-
-        batches: list[StepBatch] = []
-        table, counts, oldest_version = on_rank_zero(self.ranks, produce)
-        parts = names = None
-        if batches:
-            replica = assign_replicas(table.num_input_tokens, self.ranks.num_replicas)
-            parts = [
-                [response for response in batches[0].responses if replica[response.index] == number]
-                for number in range(self.ranks.num_replicas)
-            ]
-            names = batches[0].names
-        mine = scatter_to_replicas(self.ranks, parts)
-        return LocalBatch(mine, table, counts, oldest_version, names)
-
-    def score(self, batch: LocalBatch) -> Scores:
-        """Student log-probs of the correct responses and teacher log-probs of the incorrect ones only (Eq. 4,
-        5); other objectives ask for others.
+    def roll_out_and_score(self, step: int, clock: StageClock) -> tuple[LocalBatch, Scores]:
+        """The step's responses, scored while others are still being generated: student log-probs of the
+        correct ones and teacher log-probs of the incorrect ones only (Eq. 4, 5); other objectives ask for
+        others.
         """
-        return self.scorer.score(batch.responses, batch.table, batch.names)
+        arriving, scoring = self.roll_out(step), StepScoring(self.scorer)
+        while not arriving.is_complete:
+            with clock.stage("rollout"):
+                part = arriving.next_part()
+            with clock.stage("score"):
+                scoring.add(part)
+        with clock.stage("score"):
+            batch = arriving.finish()
+            return batch, scoring.finish(batch)
 
     def update(self, step: int, batch: LocalBatch, scores: Scores, weighed: WeighedResponses) -> StepUpdate:
         """The step's optimizer updates (Eq. 6), one unless train.updates_per_batch says more."""
@@ -259,9 +239,13 @@ class Trainer:
         def write() -> None:
             assert self.controller is not None
             records = {
-                index: ResponseRecord(_or_none(student), _or_none(teacher), float(weight))
-                for index, (student, teacher, weight) in enumerate(
-                    zip(scores.student_mean, scores.teacher_mean, weighed.weights, strict=True)
+                place: ResponseRecord(_or_none(student), _or_none(teacher), weight)
+                for place, student, teacher, weight in zip(
+                    batch.places.tolist(),
+                    scores.student_mean.tolist(),
+                    scores.teacher_mean.tolist(),
+                    weighed.weights.tolist(),
+                    strict=True,
                 )
             }
             self.controller.call("record", step, records)
@@ -274,11 +258,6 @@ class Trainer:
         """The same number on every replica, as Megatron's schedules and collectives expect."""
         missing = largest(self.ranks, len(micro_batches)) - len(micro_batches)
         return micro_batches + [MicroBatch.of_padding(self.row_multiple)] * missing
-
-    @property
-    def _holds_teacher(self) -> bool:
-        """A served teacher scores in the controller, which asks its servers."""
-        return needs_teacher(self.config) and not teacher_is_served(self.config)
 
     @property
     def _publishes(self) -> bool:
@@ -337,7 +316,7 @@ def _check_and_warn(config: Config) -> None:
 
 
 def _or_none(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
+    return None if math.isnan(value) else value
 
 
 def train(config: Config, *, resume: bool) -> None:

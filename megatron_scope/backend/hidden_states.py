@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from megatron_scope.records import MicroBatch
 
 
 class HiddenStates:
-    """Hidden states [|y|, d] of responses by canonical index, in the model's dtype.
+    """Hidden states [|y|, d] of responses by index, in the model's dtype.
 
     Each tensor rank keeps its share of a response's rows, in host memory (pinned beside a GPU) up to
     `limit_bytes` (None: all of them) and beyond that in a file without a name, which the system removes when
@@ -50,6 +50,11 @@ class HiddenStates:
             self._shares[index] = pinned.copy_(share, non_blocking=False)
         else:
             self._shares[index] = share.clone()
+
+    def renumber(self, index_of: Mapping[int, int]) -> None:
+        """Gives the responses other indices: `index_of` maps those they have to new ones."""
+        self._shares = {index_of[index]: share for index, share in self._shares.items()}
+        self._lengths = {index_of[index]: length for index, length in self._lengths.items()}
 
     def has(self, micro_batch: MicroBatch) -> np.ndarray:
         """Which of the micro-batch's rows are of a kept response, bool [R]."""

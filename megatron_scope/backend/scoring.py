@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,15 @@ from megatron_scope.records import MicroBatch
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
-    """Per-token log-probs of this replica's scored responses, by canonical index; float32 [|y|], on the last
-    stage only.
+    """Per-token log-probs of this replica's scored responses, by index; float32 [|y|], on the last stage
+    only.
     """
 
     by_response: dict[int, np.ndarray]
+
+    def renumbered(self, index_of: Mapping[int, int]) -> TokenLogprobs:
+        """The same under other indices: `index_of` maps those they have to new ones."""
+        return TokenLogprobs({index_of[index]: values for index, values in self.by_response.items()})
 
     def rows(self, micro_batch: MicroBatch) -> np.ndarray:
         """The micro-batch's rows, float32 [R]; 0 where the response was not scored."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_scope.config.schema import Config, ObjectiveName
+from megatron_scope.config.schema import Config, Divergence, Engine, ObjectiveName, Overflow
 
 
 def draws_responses(config: Config) -> bool:
@@ -20,6 +20,11 @@ def teacher_is_served(config: Config) -> bool:
     return needs_teacher(config) and bool(config.teacher.server)
 
 
+def holds_teacher(config: Config) -> bool:
+    """Whether the ranks hold the teacher's model."""
+    return needs_teacher(config) and not teacher_is_served(config)
+
+
 def teacher_reads(config: Config, *, correct: bool) -> bool:
     """Whether the teacher must score a response with this verdict; `Objective.teacher_scored` of one."""
     return {ObjectiveName.SCOPE: not correct, ObjectiveName.OPD: True}.get(config.objective.name, False)
@@ -33,3 +38,20 @@ def needs_reference(config: Config) -> bool:
 def needs_old_logprobs(config: Config) -> bool:
     """Whether pi_old must be kept: after a step's first update the student is not what it was (Eq. 1)."""
     return draws_responses(config) and config.train.updates_per_batch > 1
+
+
+def overlaps_scoring(config: Config) -> bool:
+    """Whether responses are scored while others are still being generated: rollout.overlap_scoring, or by
+    itself with real servers. Not where the teacher's hidden states are made anew if a whole step's do not
+    fit: that is decided before the first is scored.
+    """
+    if needs_states_anew(config):
+        return False
+    asked = config.rollout.overlap_scoring
+    return config.rollout.engine is Engine.SGLANG if asked is None else asked
+
+
+def needs_states_anew(config: Config) -> bool:
+    """Whether the teacher may read a step's responses again in the update."""
+    exact = config.objective.divergence is not Divergence.SAMPLED
+    return needs_teacher(config) and exact and config.teacher.hidden_states_overflow is Overflow.RECOMPUTE

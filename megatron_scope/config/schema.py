@@ -163,6 +163,9 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = -1
     truncated: Truncated = Truncated.KEEP
+    # Score responses while others are still being generated; then sums follow the order of arrival, and two
+    # runs agree to rounding only. null does so with engine=sglang.
+    overlap_scoring: bool | None = None
     max_concurrent_requests: int = 512  # per server
     request_timeout_s: float = 3600.0
     start_timeout_s: float = 900.0  # how long a server may take to become healthy

@@ -1,11 +1,10 @@
-"""The controller's work, free of processes: from judged rollouts to the batch that the ranks train on, and to
-the record.
+"""The controller's work, free of processes: from judged rollouts to the responses that the ranks train on,
+and to the record.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,21 @@ import numpy as np
 
 from megatron_scope.config.needs import teacher_is_served
 from megatron_scope.config.schema import Config, Truncated
+from megatron_scope.controller.arrivals import Arrivals
 from megatron_scope.controller.rows import ResponseRecord, write_step
 from megatron_scope.controller.sources import Source, open_source
 from megatron_scope.controller.teacher import ServedTeacher
+from megatron_scope.data.batching import response_table
 from megatron_scope.errors import RolloutError
-from megatron_scope.records import JudgedRollout, Response, Rollout, RolloutCounts, SequenceLimits, StepBatch
+from megatron_scope.records import (
+    JudgedRollout,
+    Response,
+    Rollout,
+    RolloutCounts,
+    SequenceLimits,
+    StepPart,
+    StepSummary,
+)
 
 
 class Controller:
@@ -29,39 +38,49 @@ class Controller:
         self._folder = Path(run_folder)
         self._source: Source = open_source(config, limits.vocab_size, self._folder / "logs")
         self._teacher = ServedTeacher(config, limits) if teacher_is_served(config) else None
-        self._judged: list[JudgedRollout] = []
+        self._arrivals: Arrivals | None = None
 
     async def start(self) -> None:
         """Checks what must be right before the first step."""
         if self._teacher is not None:
             await self._teacher.start()
 
-    async def produce(self, step: int, version: int) -> StepBatch:
-        """Samples (or reads) and judges the responses of a step; a served teacher scores those it must."""
-        self._judged = await self._source.produce(step, version)
-        skipped = int(self._source.state()["skipped"])
-        scores = await self._teacher_logprobs()
-        return make_batch(self._judged, self._config.rollout.truncated, self._limits, skipped, scores)
+    async def begin_step(self, step: int, version: int) -> None:
+        """Begins to sample (or read) and judge the responses of a step, and to have a served teacher score
+        them; they go on arriving between calls.
+        """
+        if self._arrivals is not None:
+            await self._arrivals.stop()
+        stream, truncated = self._source.stream(step, version), self._config.rollout.truncated
+        if self._teacher is not None:
+            stream = self._teacher.scored(stream, lambda item: is_usable(item, truncated))
+        self._arrivals = Arrivals(stream)
 
-    async def _teacher_logprobs(self) -> dict[int, np.ndarray]:
-        """What a served teacher says of the responses that it must score, by place."""
-        teacher = self._teacher
-        if teacher is None:
-            return {}
-        usable = usable_places(self._judged, self._config.rollout.truncated)
-        places = [place for place in usable if teacher.reads(self._judged[place])]
-        scores = await asyncio.gather(*(teacher.score(self._judged[place].rollout) for place in places))
-        return dict(zip(places, scores, strict=True))
+    async def next_part(self, least_tokens: int | None) -> StepPart:
+        """The usable responses that have arrived since the last call, once they have `least_tokens` response
+        tokens (None: all that the step will have) or nothing more comes.
+
+        RolloutError when one is longer or has another id than the models can take.
+        """
+        truncated = self._config.rollout.truncated
+        arrived, is_last = await self._current.take(least_tokens)
+        responses = [
+            make_response(place, item, self._limits) for place, item in arrived if is_usable(item, truncated)
+        ]
+        return StepPart(tuple(responses), is_last)
+
+    async def summarise(self) -> StepSummary:
+        """The whole step after its last part; RolloutError when none of its responses is usable."""
+        skipped = int(self._source.state()["skipped"])
+        return summarise(self._current.judged(), self._config, skipped, self._current.last_arrival_s)
 
     async def publish(self, folder: str, version: int) -> None:
         """Hands new weights to the rollout servers."""
         await self._source.publish(Path(folder), version)
 
     async def record(self, step: int, records: dict[int, ResponseRecord]) -> None:
-        """Writes the rollouts of the current step; `records` by canonical index of the usable responses."""
-        places = usable_places(self._judged, self._config.rollout.truncated)
-        by_place = {places[index]: record for index, record in records.items()}
-        write_step(self._folder / "rollouts", step, self._judged, by_place)
+        """Writes the rollouts of the current step; `records` by place of the usable responses."""
+        write_step(self._folder / "rollouts", step, self._current.judged(), records)
 
     async def state(self) -> dict[str, Any]:
         """The data cursor for a checkpoint."""
@@ -73,38 +92,53 @@ class Controller:
 
     async def close(self) -> None:
         """Ends servers and verifiers."""
+        if self._arrivals is not None:
+            await self._arrivals.stop()
         await self._source.close()
         if self._teacher is not None:
             await self._teacher.close()
 
+    @property
+    def _current(self) -> Arrivals:
+        if self._arrivals is None:
+            raise RuntimeError("no step has begun")
+        return self._arrivals
 
-def usable_places(judged: list[JudgedRollout], truncated: Truncated) -> list[int]:
-    """The places of the rollouts to learn from: not aborted, not empty, and not truncated where those are
-    dropped.
+
+def is_usable(item: JudgedRollout, truncated: Truncated) -> bool:
+    """Whether a rollout is learnt from: not aborted, not empty, and not truncated where those are dropped."""
+    rollout = item.rollout
+    dropped = truncated is Truncated.DROP and rollout.finish_reason == "length"
+    return rollout.finish_reason != "abort" and bool(rollout.output_ids) and not dropped
+
+
+def make_response(place: int, item: JudgedRollout, limits: SequenceLimits) -> Response:
+    """A usable rollout as arrays; RolloutError when it is longer or has another id than the models can
+    take.
     """
-    return [
-        place
-        for place, item in enumerate(judged)
-        if item.rollout.finish_reason != "abort"
-        and item.rollout.output_ids
-        and not (truncated is Truncated.DROP and item.rollout.finish_reason == "length")
-    ]
+    rollout, name = item.rollout, _name(item.rollout)
+    _check_length(rollout, limits, name)
+    return Response(
+        index=place,
+        correct=item.verdict.correct,
+        stopped=rollout.finish_reason == "stop",
+        prompt_ids=_ids(rollout.prompt.token_ids, limits.vocab_size, name),
+        output_ids=_ids(rollout.output_ids, limits.vocab_size, name),
+        engine_logprobs=np.array(rollout.engine_logprobs, dtype=np.float32),
+        teacher_logprobs=item.teacher_logprobs,
+    )
 
 
-def make_batch(
-    judged: list[JudgedRollout],
-    truncated: Truncated,
-    limits: SequenceLimits,
-    skipped: int,
-    teacher_logprobs: Mapping[int, np.ndarray] | None = None,
-) -> StepBatch:
-    """The step's usable responses as arrays, with counts of the rest; `teacher_logprobs` by place in
-    `judged`.
+def summarise(
+    judged: Sequence[JudgedRollout], config: Config, skipped: int, last_arrival_s: float
+) -> StepSummary:
+    """The table of a step's usable responses, numbered by place, with counts of the rest.
 
-    RolloutError when none is usable, or one is longer or has another id than the models can take.
+    RolloutError when none is usable.
     """
-    places = usable_places(judged, truncated)
+    truncated = config.rollout.truncated
     counts = _counts(judged, truncated, skipped)
+    places = [place for place, item in enumerate(judged) if is_usable(item, truncated)]
     if not places:
         raise RolloutError(
             f"none of the step's {counts.sampled} responses is usable: {counts.aborted} aborted, "
@@ -112,28 +146,28 @@ def make_batch(
             f"{counts.dropped_truncated} truncated and dropped; raise rollout.max_new_tokens or set "
             "rollout.truncated=keep"
         )
+    usable = [judged[place] for place in places]
     group_of: dict[str, int] = {}
-    responses, names = [], []
-    for index, place in enumerate(places):
-        rollout, verdict = judged[place].rollout, judged[place].verdict
-        name = f"prompt {rollout.prompt.id}, sample {rollout.sample}"
-        _check_length(rollout, limits, name)
-        group = group_of.setdefault(rollout.prompt.id, len(group_of))
-        responses.append(
-            Response(
-                index=index,
-                group=group,
-                correct=verdict.correct,
-                stopped=rollout.finish_reason == "stop",
-                prompt_ids=_ids(rollout.prompt.token_ids, limits.vocab_size, name),
-                output_ids=_ids(rollout.output_ids, limits.vocab_size, name),
-                engine_logprobs=np.array(rollout.engine_logprobs, dtype=np.float32),
-                teacher_logprobs=None if teacher_logprobs is None else teacher_logprobs.get(place),
-            )
-        )
-        names.append(name)
-    oldest = min(judged[place].rollout.weight_version for place in places)
-    return StepBatch(tuple(responses), tuple(names), counts, oldest)
+    for item in usable:
+        group_of.setdefault(item.rollout.prompt.id, len(group_of))
+    return StepSummary(
+        table=response_table(
+            group=[group_of[item.rollout.prompt.id] for item in usable],
+            correct=[item.verdict.correct for item in usable],
+            num_prompt_tokens=[len(item.rollout.prompt.token_ids) for item in usable],
+            num_tokens=[len(item.rollout.output_ids) for item in usable],
+            num_updates=config.train.updates_per_batch,
+        ),
+        places=np.array(places, dtype=np.int64),
+        names=tuple(_name(item.rollout) for item in usable),
+        counts=counts,
+        oldest_version=min(item.rollout.weight_version for item in usable),
+        last_arrival_s=last_arrival_s,
+    )
+
+
+def _name(rollout: Rollout) -> str:
+    return f"prompt {rollout.prompt.id}, sample {rollout.sample}"
 
 
 def _check_length(rollout: Rollout, limits: SequenceLimits, name: str) -> None:
@@ -156,7 +190,7 @@ def _ids(token_ids: tuple[int, ...], vocab_size: int, name: str) -> np.ndarray:
     return ids
 
 
-def _counts(judged: list[JudgedRollout], truncated: Truncated, skipped: int) -> RolloutCounts:
+def _counts(judged: Sequence[JudgedRollout], truncated: Truncated, skipped: int) -> RolloutCounts:
     rollouts = [item.rollout for item in judged]
     truncated_ones = [rollout for rollout in rollouts if rollout.finish_reason == "length"]
     dropped = (

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
 import threading
 import traceback
+from collections.abc import Callable, Coroutine
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -80,34 +82,44 @@ def _serve(connection: Connection, config: Config, limits: SequenceLimits, run_f
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the terminal is rank 0's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, name="parent-watcher", daemon=True).start()
-    with asyncio.Runner() as runner:
-        controller = _answer(connection, lambda: Controller(config, limits, run_folder), announce=True)
-        if controller is None:
-            return
-        try:
-            while True:
-                try:
-                    method, args = connection.recv()
-                except EOFError:  # the parent is gone
-                    return
-                if method == CLOSE:
-                    return
-                _answer(connection, lambda: runner.run(getattr(controller, method)(*args)))  # noqa: B023
-        finally:
-            runner.run(controller.close())
+    asyncio.run(_run(connection, config, limits, run_folder))
 
 
-def _answer(connection: Connection, work: Any, *, announce: bool = False) -> Any:
+async def _run(connection: Connection, config: Config, limits: SequenceLimits, run_folder: str) -> None:
+    """Answers calls one after another; what a call has begun goes on between them."""
+
+    async def make() -> Controller:
+        return Controller(config, limits, run_folder)
+
+    controller = await _answer(connection, make, announce=True)
+    if controller is None:
+        return
+    try:
+        while True:
+            try:
+                method, args = await asyncio.to_thread(connection.recv)
+            except EOFError:  # the parent is gone
+                return
+            if method == CLOSE:
+                return
+            await _answer(connection, functools.partial(getattr(controller, method), *args))
+    finally:
+        await controller.close()
+
+
+async def _answer(
+    connection: Connection, work: Callable[[], Coroutine[Any, Any, Any]], *, announce: bool = False
+) -> Any:
     """Runs `work` and sends (failed, result); with `announce` the result itself stays here."""
     try:
-        result = work()
+        result = await work()
         answer = (False, None if announce else result)
     except ScopeError as error:
         result, answer = None, (True, error)
     except Exception:
         result, answer = None, (True, traceback.format_exc())
     with contextlib.suppress(BrokenPipeError, OSError):  # the parent may be gone; the loop sees that next
-        connection.send(answer)
+        await asyncio.to_thread(connection.send, answer)
     return result
 
 

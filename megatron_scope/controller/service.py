@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from megatron_scope.config.schema import Config, Engine
+from megatron_scope.controller.arrivals import Placed
 from megatron_scope.errors import ConfigError, RolloutError
-from megatron_scope.records import JudgedRollout, Rollout, SamplingParams, Verdict
+from megatron_scope.records import JudgedRollout, Rollout, SamplingParams
 from megatron_scope.rollout.client import ClientOptions, RolloutRequest, ServerClient, collect
 from megatron_scope.rollout.embedded.options import ServeOptions
 from megatron_scope.rollout.process import EmbeddedServer
@@ -55,11 +55,13 @@ class RolloutService:
         ]
         await asyncio.gather(*(client.wait_healthy(rollout.start_timeout_s) for client in self._clients))
 
-    async def sample(
+    async def stream(
         self, requests: Sequence[RolloutRequest], params: SamplingParams, version: int
-    ) -> list[JudgedRollout]:
-        """One judged rollout for each request, in the requests' order whatever the order of arrival."""
-        arrived: dict[tuple[str, int], tuple[Rollout, Future[Verdict]]] = {}
+    ) -> AsyncIterator[Placed]:
+        """Judged rollouts as they finish, each with its request's place, drawn by weights `version`."""
+        place_of = {(request.prompt.id, request.sample): place for place, request in enumerate(requests)}
+        judged: asyncio.Queue[Placed | None] = asyncio.Queue()
+        judging: set[asyncio.Task[None]] = set()
 
         def judge(rollout: Rollout) -> None:
             if rollout.weight_version != version:
@@ -68,22 +70,43 @@ class RolloutService:
                     f"{rollout.weight_version}, "
                     f"expected {version}; does another trainer use this server?"
                 )
+            task = asyncio.create_task(finish(rollout))
+            judging.add(task)
+            task.add_done_callback(judging.discard)
+
+        async def finish(rollout: Rollout) -> None:
             prompt = rollout.prompt
             verdict = self._verifier.submit(prompt.task, prompt.answer, rollout.text)
-            arrived[prompt.id, rollout.sample] = (rollout, verdict)
+            item = JudgedRollout(rollout, await asyncio.wrap_future(verdict))
+            await judged.put((place_of[prompt.id, rollout.sample], item))
 
-        await collect(
-            self._clients,
-            requests,
-            params,
-            max_concurrent=self._config.rollout.max_concurrent_requests,
-            on_rollout=judge,
-        )
-        judged = []
-        for request in requests:
-            rollout, verdict = arrived[request.prompt.id, request.sample]
-            judged.append(JudgedRollout(rollout, await asyncio.wrap_future(verdict)))
-        return judged
+        async def draw() -> None:
+            try:
+                await collect(
+                    self._clients,
+                    requests,
+                    params,
+                    max_concurrent=self._config.rollout.max_concurrent_requests,
+                    on_rollout=judge,
+                )
+                await asyncio.gather(*judging)
+            finally:
+                await judged.put(None)
+
+        drawing = asyncio.create_task(draw())
+        try:
+            while (placed := await judged.get()) is not None:
+                yield placed
+            await drawing
+        finally:
+            drawing.cancel()
+
+    async def sample(
+        self, requests: Sequence[RolloutRequest], params: SamplingParams, version: int
+    ) -> list[JudgedRollout]:
+        """One judged rollout for each request, in the requests' order whatever the order of arrival."""
+        arrived = {place: item async for place, item in self.stream(requests, params, version)}
+        return [arrived[place] for place in range(len(requests))]
 
     async def close(self) -> None:
         """Closes connections, ends the embedded server and the verifiers."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_scope.config.needs import draws_responses
 from megatron_scope.config.schema import Config, Engine
+from megatron_scope.controller.arrivals import Placed
 from megatron_scope.controller.rows import read_steps
 from megatron_scope.controller.service import RolloutService
 from megatron_scope.data.prompts import Cursor, Drawer, Example, example_drawer, prompt_drawer
@@ -22,8 +24,10 @@ from megatron_scope.verify.pool import KNOWN_TASKS
 class Source(Protocol):
     """Gives one step's judged rollouts after another."""
 
-    async def produce(self, step: int, version: int) -> list[JudgedRollout]:
-        """The rollouts of `step`, in canonical order: by prompt, then by sample."""
+    def stream(self, step: int, version: int) -> AsyncIterator[Placed]:
+        """The rollouts of `step` as they arrive, each with its place in the canonical order: by prompt, then
+        by sample.
+        """
         ...
 
     async def publish(self, folder: Path, version: int) -> None:
@@ -88,7 +92,7 @@ class SampledRollouts(_Drawn):
             rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens, stops
         )
 
-    async def produce(self, step: int, version: int) -> list[JudgedRollout]:
+    def stream(self, step: int, version: int) -> AsyncIterator[Placed]:
         rollout = self._config.rollout
         requests = [
             RolloutRequest(
@@ -100,7 +104,7 @@ class SampledRollouts(_Drawn):
             for prompt in self._drawer.draw(rollout.prompts_per_step)
             for sample in range(rollout.samples_per_prompt)
         ]
-        return await self._service.sample(requests, self._params, version)
+        return self._service.stream(requests, self._params, version)
 
     async def publish(self, folder: Path, version: int) -> None:
         await self._service.publish(folder, version)
@@ -116,7 +120,7 @@ class ReplayedRollouts:
         self._path = path
         self._steps = read_steps(path)
 
-    async def produce(self, step: int, version: int) -> list[JudgedRollout]:
+    async def stream(self, step: int, version: int) -> AsyncIterator[Placed]:
         del version
         if step > len(self._steps):
             raise DataError(
@@ -124,7 +128,8 @@ class ReplayedRollouts:
                 "run.steps to "
                 f"{len(self._steps)} or less"
             )
-        return self._steps[step - 1]
+        for placed in enumerate(self._steps[step - 1]):
+            yield placed
 
     async def publish(self, folder: Path, version: int) -> None:
         del folder, version
@@ -146,23 +151,19 @@ class GivenResponses(_Drawn):
         super().__init__(drawer)
         self._rows_per_step = rows_per_step
 
-    async def produce(self, step: int, version: int) -> list[JudgedRollout]:
+    async def stream(self, step: int, version: int) -> AsyncIterator[Placed]:
         del step
-        return [
-            JudgedRollout(
-                Rollout(
-                    prompt=example.prompt,
-                    sample=0,
-                    output_ids=example.output_ids,
-                    text="",
-                    engine_logprobs=(math.nan,) * len(example.output_ids),
-                    finish_reason="stop",
-                    weight_version=version,
-                ),
-                Verdict(True),
+        for place, example in enumerate(self._drawer.draw(self._rows_per_step)):
+            rollout = Rollout(
+                prompt=example.prompt,
+                sample=0,
+                output_ids=example.output_ids,
+                text="",
+                engine_logprobs=(math.nan,) * len(example.output_ids),
+                finish_reason="stop",
+                weight_version=version,
             )
-            for example in self._drawer.draw(self._rows_per_step)
-        ]
+            yield place, JudgedRollout(rollout, Verdict(True))
 
     async def publish(self, folder: Path, version: int) -> None:
         del folder, version

@@ -12,15 +12,25 @@ import numpy as np
 from megatron_scope.records import MicroBatch, Response, ResponseTable
 
 
-def response_table(responses: Sequence[Response], num_updates: int = 1) -> ResponseTable:
-    """The arrays that every rank knows of a step's responses, in canonical order."""
-    group = np.array([r.group for r in responses], dtype=np.int64)
+def response_table(
+    *,
+    group: Sequence[int],
+    correct: Sequence[bool],
+    num_prompt_tokens: Sequence[int],
+    num_tokens: Sequence[int],
+    num_updates: int = 1,
+) -> ResponseTable:
+    """The arrays that every rank knows of a step's responses, in canonical order; `group` numbers their
+    prompts.
+    """
+    groups, tokens = np.array(group, dtype=np.int64), np.array(num_tokens, dtype=np.int64)
     return ResponseTable(
-        group=group,
-        update=split_prompts(group, num_updates),
-        correct=np.array([r.correct for r in responses], dtype=bool),
-        num_tokens=np.array([len(r.output_ids) for r in responses], dtype=np.int64),
-        num_input_tokens=np.array([r.num_input_tokens for r in responses], dtype=np.int64),
+        group=groups,
+        update=split_prompts(groups, num_updates),
+        correct=np.array(correct, dtype=bool),
+        num_tokens=tokens,
+        # All but the last output token, which is only a target.
+        num_input_tokens=np.array(num_prompt_tokens, dtype=np.int64) + tokens - 1,
     )
 
 
@@ -33,18 +43,19 @@ def split_prompts(group: np.ndarray, num_updates: int) -> np.ndarray:
     return place * min(num_updates, len(prompts)) // max(1, len(prompts))
 
 
-def assign_replicas(num_input_tokens: np.ndarray, num_replicas: int) -> np.ndarray:
+def assign_replicas(num_input_tokens: np.ndarray, loads: Sequence[int]) -> np.ndarray:
     """The replica of each response, int64 [N]: longest first to the replica with the fewest tokens, ties by
-    number.
+    number. `loads` are the tokens that each replica has already.
 
     A response keeps its replica for the whole step, since its teacher scores stay there.
     """
     replica = np.zeros(len(num_input_tokens), dtype=np.int64)
-    loads = [(0, r) for r in range(num_replicas)]
+    heap = [(load, r) for r, load in enumerate(loads)]
+    heapq.heapify(heap)
     for index in _longest_first(num_input_tokens):
-        load, r = heapq.heappop(loads)
+        load, r = heapq.heappop(heap)
         replica[index] = r
-        heapq.heappush(loads, (load + int(num_input_tokens[index]), r))
+        heapq.heappush(heap, (load + int(num_input_tokens[index]), r))
     return replica
 
 

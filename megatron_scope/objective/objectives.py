@@ -46,7 +46,7 @@ class WeighedResponses:
     coefficients: ResponseCoefficients
 
 
-Mask = Callable[[ResponseTable], np.ndarray]
+Mask = Callable[[np.ndarray], np.ndarray]
 Weigh = Callable[[ResponseTable, np.ndarray, np.ndarray], WeighedResponses]
 
 
@@ -54,9 +54,10 @@ Weigh = Callable[[ResponseTable, np.ndarray, np.ndarray], WeighedResponses]
 class Objective:
     """An objective as pure functions of a step's table.
 
-    `student_scored`, `teacher_scored` and `reference_scored` give bool [N]: the responses that a model must
-    score before the update. `weigh` takes the student's and the teacher's mean log-probs (float64 [N], nats
-    per token, NaN where not scored). `token_loss` is summed over micro-batches.
+    `student_scored`, `teacher_scored` and `reference_scored` take the verdicts, bool [N], and give bool [N]:
+    the responses that a model must score before the update. A verdict alone decides, so that a response can
+    be scored while others are still being generated. `weigh` takes the student's and the teacher's mean
+    log-probs (float64 [N], nats per token, NaN where not scored). `token_loss` is summed over micro-batches.
     """
 
     student_scored: Mask
@@ -71,12 +72,12 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     return _BUILDERS[config.name](config)
 
 
-def _nobody(table: ResponseTable) -> np.ndarray:
-    return np.zeros(len(table), dtype=bool)
+def _nobody(correct: np.ndarray) -> np.ndarray:
+    return np.zeros(len(correct), dtype=bool)
 
 
-def _everybody(table: ResponseTable) -> np.ndarray:
-    return np.ones(len(table), dtype=bool)
+def _everybody(correct: np.ndarray) -> np.ndarray:
+    return np.ones(len(correct), dtype=bool)
 
 
 def _clip(config: ObjectiveConfig) -> float:
@@ -108,7 +109,7 @@ def _scope(config: ObjectiveConfig) -> Objective:
             scale=config.weight_scale.value,
         ).numpy()
         likelihood = weights * token_factors(table, config.aggregation, table.correct)
-        distill = weights * token_factors(table, config.aggregation, _everybody(table))
+        distill = weights * token_factors(table, config.aggregation, _everybody(table.correct))
         return WeighedResponses(
             weights,
             coefficients(
@@ -128,8 +129,8 @@ def _scope(config: ObjectiveConfig) -> Objective:
 
     losses = {CorrectPath.RATIO: with_ratio, CorrectPath.LOG_LIKELIHOOD: with_log_likelihood}
     return Objective(
-        student_scored=lambda table: table.correct,
-        teacher_scored=lambda table: ~table.correct,
+        student_scored=lambda correct: correct,
+        teacher_scored=lambda correct: ~correct,
         reference_scored=_nobody,
         weigh=weigh,
         token_loss=losses[config.correct_path],

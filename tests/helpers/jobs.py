@@ -52,11 +52,13 @@ def token_logprobs(settings: dict[str, Any]) -> dict[str, dict[int, np.ndarray]]
         stack.callback(trainer.student.release)
         if ranks.rank == 0:
             trainer._start_controller(stack)
-        batch = trainer.roll_out(1)
-        everyone = np.ones(len(batch.table), dtype=bool)
+        arriving = trainer.roll_out(1)
+        while not arriving.is_complete:
+            arriving.next_part()
+        batch = arriving.finish()
         models = {"student": trainer.student.stage, "teacher": trainer.scorer.teacher}
         scores = {
-            name: trainer.scorer.token_logprobs(stage, batch.responses, everyone, 1.0).by_response
+            name: trainer.scorer.token_logprobs(stage, batch.responses, 1.0).by_response
             for name, stage in models.items()
         }
         return scores if ranks.speaks_for_scores else {name: {} for name in models}

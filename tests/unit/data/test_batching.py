@@ -30,7 +30,6 @@ def responses(sizes, first_index=0):
         made.append(
             Response(
                 index=first_index + number,
-                group=number // 2,
                 correct=number % 2 == 0,
                 stopped=number % 3 != 0,
                 prompt_ids=ids[:prompt],
@@ -217,7 +216,7 @@ def test_an_empty_micro_batch_has_tokens_to_read_but_no_row(multiple):
 def test_replicas_are_balanced(sizes, num_replicas):
     """Longest first to the least loaded: no replica has over the mean by more than one response."""
     sizes = np.array(sizes, dtype=np.int64)
-    replica = assign_replicas(sizes, num_replicas)
+    replica = assign_replicas(sizes, [0] * num_replicas)
     assert replica.shape == sizes.shape and replica.dtype == np.int64
     assert ((replica >= 0) & (replica < num_replicas)).all()
     loads = np.bincount(replica, weights=sizes, minlength=num_replicas)
@@ -228,30 +227,36 @@ def test_replicas_are_balanced(sizes, num_replicas):
 
 
 def test_a_worked_assignment_with_ties_by_number():
-    assert assign_replicas(np.array([5, 9, 5, 5, 1]), 2).tolist() == [1, 0, 1, 0, 1]
-    assert assign_replicas(np.array([4, 4, 4]), 3).tolist() == [0, 1, 2]
-    assert assign_replicas(np.array([4, 4, 4]), 1).tolist() == [0, 0, 0]
-    assert assign_replicas(np.array([3, 7]), 4).tolist() == [1, 0]
-    assert assign_replicas(np.zeros(0, dtype=np.int64), 2).tolist() == []
+    assert assign_replicas(np.array([5, 9, 5, 5, 1]), [0] * 2).tolist() == [1, 0, 1, 0, 1]
+    assert assign_replicas(np.array([4, 4, 4]), [0] * 3).tolist() == [0, 1, 2]
+    assert assign_replicas(np.array([4, 4, 4]), [0] * 1).tolist() == [0, 0, 0]
+    assert assign_replicas(np.array([3, 7]), [0] * 4).tolist() == [1, 0]
+    assert assign_replicas(np.zeros(0, dtype=np.int64), [0] * 2).tolist() == []
+
+
+def test_a_part_of_a_step_goes_to_the_replicas_that_have_least_of_it():
+    assert assign_replicas(np.array([4, 4, 4]), [9, 0, 3]).tolist() == [1, 2, 1]
 
 
 def test_assignment_depends_on_the_lengths_alone():
     sizes = np.random.default_rng(0).integers(1, 50, 200)
-    first = assign_replicas(sizes, 7)
-    assert np.array_equal(assign_replicas(sizes.copy(), 7), first)
-    assert np.array_equal(assign_replicas(sizes * 2, 7), first)
+    first = assign_replicas(sizes, [0] * 7)
+    assert np.array_equal(assign_replicas(sizes.copy(), [0] * 7), first)
+    assert np.array_equal(assign_replicas(sizes * 2, [0] * 7), first)
 
 
 # ---- the table
 
 
 def test_the_table_holds_every_response_in_order():
-    table = response_table(responses([(2, 3), (1, 1), (4, 2)]))
+    table = response_table(
+        group=[0, 0, 1], correct=[True, False, True], num_prompt_tokens=[2, 1, 4], num_tokens=[3, 1, 2]
+    )
     assert table.group.tolist() == [0, 0, 1] and table.correct.tolist() == [True, False, True]
     assert table.num_tokens.tolist() == [3, 1, 2]
     assert table.num_input_tokens.tolist() == [4, 1, 5]
     assert (table.group.dtype, table.correct.dtype) == (np.int64, bool)
-    assert len(table) == 3 and len(response_table([])) == 0
+    assert len(table) == 3
 
 
 @given(lengths, st.sampled_from([1, 3, 50]), multiples)

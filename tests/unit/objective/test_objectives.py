@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_scope.config import parse_config
+from megatron_scope.config.needs import needs_teacher, teacher_reads
 from megatron_scope.config.schema import Aggregation, ObjectiveConfig, ObjectiveName
 from megatron_scope.objective import build_objective
 from megatron_scope.objective.diagnostics import mean_perplexity, one_sided_share, path_spread
@@ -135,9 +136,9 @@ def test_tau_and_exponents_come_from_the_config(settings, mixed_group):
 
 def test_the_student_scores_correct_responses_and_the_teacher_incorrect_ones_only():
     objective = build_objective(ObjectiveConfig())
-    assert objective.student_scored(TABLE).tolist() == TABLE.correct.tolist()
-    assert objective.teacher_scored(TABLE).tolist() == (~TABLE.correct).tolist()
-    assert not objective.reference_scored(TABLE).any()
+    assert objective.student_scored(TABLE.correct).tolist() == TABLE.correct.tolist()
+    assert objective.teacher_scored(TABLE.correct).tolist() == (~TABLE.correct).tolist()
+    assert not objective.reference_scored(TABLE.correct).any()
 
 
 def test_a_missing_score_is_an_error_and_never_a_weight():
@@ -208,7 +209,7 @@ def test_opd_counts_all_responses_of_a_prompt_alike(aggregation, expected):
     coefficients = objective.weigh(TABLE, np.full(10, NAN), TEACHER).coefficients
     assert coefficients.distill.tolist() == exactly(expected)
     assert not coefficients.likelihood.any() and not coefficients.advantage.any()
-    assert objective.teacher_scored(TABLE).all() and not objective.student_scored(TABLE).any()
+    assert objective.teacher_scored(TABLE.correct).all() and not objective.student_scored(TABLE.correct).any()
 
 
 # ---- grpo
@@ -237,8 +238,11 @@ def test_grpo_is_a_global_token_mean_of_advantages_and_of_the_kl(kl_coefficient)
     assert weighed.weights.tolist() == group_advantages(TABLE).tolist()
     assert weighed.coefficients.advantage.tolist() == exactly((group_advantages(TABLE) / 50).tolist())
     assert weighed.coefficients.reference_kl.tolist() == exactly([kl_coefficient / 50] * 10)
-    assert objective.reference_scored(TABLE).all() == (kl_coefficient > 0)
-    assert not objective.student_scored(TABLE).any() and not objective.teacher_scored(TABLE).any()
+    assert objective.reference_scored(TABLE.correct).all() == (kl_coefficient > 0)
+    assert (
+        not objective.student_scored(TABLE.correct).any()
+        and not objective.teacher_scored(TABLE.correct).any()
+    )
 
 
 # ---- sft and kd
@@ -254,11 +258,22 @@ def test_given_responses_count_token_by_token_and_need_no_score(name):
     assert weighed.coefficients.likelihood.tolist() == exactly([0.1, 0.1, 0.1])
     assert weighed.coefficients.distill.tolist() == [0.0, 0.0, 0.0]
     for mask in (objective.student_scored, objective.teacher_scored, objective.reference_scored):
-        assert mask(given).dtype == bool and mask(given).shape == (3,) and not mask(given).any()
+        scored = mask(given.correct)
+        assert scored.dtype == bool and scored.shape == (3,) and not scored.any()
     assert objective.token_loss is likelihood_loss
 
 
 # ---- diagnostics
+
+
+@pytest.mark.parametrize("name", list(ObjectiveName))
+def test_a_served_teacher_is_asked_for_the_responses_that_the_objective_scores(name):
+    """The controller decides response by response what the objective decides over the step's table."""
+    config = parse_config({"objective": {"name": name}}, "test")
+    correct = np.array([True, False])
+    expected = build_objective(config.objective).teacher_scored(correct)
+    assert [teacher_reads(config, correct=bool(verdict)) for verdict in correct] == expected.tolist()
+    assert expected.any() == needs_teacher(config)
 
 
 def test_path_spread_averages_over_the_sets_of_a_path():
