@@ -104,7 +104,7 @@ def _logprobs(entries: Any, request: ScoringRequest, where: str) -> np.ndarray:
     if token_ids != expected:
         place = next(i for i, (got, sent) in enumerate(zip(token_ids, expected, strict=True)) if got != sent)
         raise ScoringError(
-            f"{where}: entry {place} of its log-probs is of token {token_ids[place]!r}; expected token "
+            f"{where}: entry {place} of its log-probs is of token {token_ids[place]!r}; expected "
             f"{expected[place]}"
         )
     bad = np.flatnonzero(~np.isfinite(logprobs))

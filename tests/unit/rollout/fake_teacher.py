@@ -5,6 +5,7 @@ told to misbehave.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -13,7 +14,6 @@ from aiohttp import web
 
 from megatron_scope.rollout.teacher import TeacherOptions
 from megatron_scope.rollout.teacher_wire import ScoringRequest
-from tests.unit.rollout.fake_server import dropping
 
 OPTIONS = TeacherOptions(
     start_timeout_s=0.5,
@@ -36,7 +36,7 @@ def logprob(before: int, token: int, shift: float = 0.0) -> float:
 
 def expected(scored: ScoringRequest, shift: float = 0.0) -> list[float]:
     ids = [scored.prompt_ids[-1], *scored.target_ids]
-    return [logprob(before, token, shift) for before, token in zip(ids, ids[1:], strict=False)]
+    return [logprob(before, token, shift) for before, token in itertools.pairwise(ids)]
 
 
 def answer(ids: list[int], start: int, *, shift: float = 0.0, version: str = "default") -> dict[str, Any]:
@@ -129,8 +129,3 @@ def answering(status: int, body: Any) -> Callable[[web.Request], Awaitable[web.S
         return web.json_response(body, status=status)
 
     return handler
-
-
-async def scores_only_drop(request: web.Request) -> web.StreamResponse:
-    """Cuts the connection where scores are asked for; nothing else answers either."""
-    return await dropping(request)

@@ -68,14 +68,15 @@ FIRST = "http://t:1: the teacher's answer to prompt p0, sample 0"
         (entries(lambda found: found.append([-1.0, 1, None])), f"{FIRST} has 4 log-probs for 3"),
         (entries(lambda found: found.clear()), f"{FIRST} has 0 log-probs for 3"),
         (meta(lambda found: found.pop("input_token_logprobs")), f"{FIRST} has no log-probs for 3"),
-        (entries(put(0, [None, 2, None])), f"{FIRST}: entry 0 of its log-probs is of token 2; expected token
-        3"), (entries(put(2, [-1.0, 4, None])), f"{FIRST}: entry 2 of its log-probs is of token 4; expected
-        token 5"), (entries(put(2, [None, 5, None])), f"{FIRST}: the log-prob of response token 1 is None;
-        expected a finite"), (entries(put(3, [float("nan"), 9, None])), f"{FIRST}: the log-prob of response
-        token 2 is nan"), (entries(put(1, [float("-inf"), 4, None])), f"{FIRST}: the log-prob of response
-        token 0 is -inf"), (entries(put(1, ["low", 4, None])), f"{FIRST} has entries that are not [log-prob,
-        token id]"), (entries(put(1, [])), f"{FIRST} has entries that are not [log-prob, token id]"),
-        (entries(put(1, None)), f"{FIRST} has entries that are not [log-prob, token id]"), (
+        (entries(put(0, [None, 2, None])), f"{FIRST}: entry 0 of its log-probs is of token 2; expected 3"),
+        (entries(put(2, [-1.0, 4, None])), f"{FIRST}: entry 2 of its log-probs is of token 4; expected 5"),
+        (entries(put(2, [None, 5, None])), f"{FIRST}: the log-prob of response token 1 is None; expected"),
+        (entries(put(3, [float("nan"), 9, None])), f"{FIRST}: the log-prob of response token 2 is nan"),
+        (entries(put(1, [float("-inf"), 4, None])), f"{FIRST}: the log-prob of response token 0 is -inf"),
+        (entries(put(1, ["low", 4, None])), f"{FIRST} has entries that are not [log-prob, token id]"),
+        (entries(put(1, [])), f"{FIRST} has entries that are not [log-prob, token id]"),
+        (entries(put(1, None)), f"{FIRST} has entries that are not [log-prob, token id]"),
+        (
             meta(lambda found: found.update(weight_version="7")),
             f"{FIRST} comes from weight version '7', not 'default' as at the start; a teacher's weights stay",
         ),
