@@ -56,7 +56,9 @@ def answer(ids: list[int], start: int, *, shift: float = 0.0, version: str = "de
 
 
 class FakeTeacher:
-    """Tests change its attributes while it runs. `meddle` takes each answer before it is sent."""
+    """Tests change its attributes while it runs: `instead` answers in its place where it answers at all, and
+    `meddle` takes each scoring answer before it is sent.
+    """
 
     def __init__(self, *, port: int = 0, **model_info: Any) -> None:
         self.url, self._port = "", port
@@ -71,7 +73,7 @@ class FakeTeacher:
         self.texts: Callable[[int], str] | None = None
         self.shift = 0.0  # of every log-prob: another model
         self.delay_s = 0.0
-        self.instead: Callable[[web.Request], Awaitable[web.StreamResponse]] | None = None
+        self.instead: Callable[[web.Request], Awaitable[web.StreamResponse | None]] | None = None
         self.meddle: Callable[[list[dict[str, Any]]], None] = lambda answers: None
         self.batches: list[list[list[int]]] = []
         self.bodies: list[dict[str, Any]] = []
@@ -80,8 +82,8 @@ class FakeTeacher:
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         self.keys.append(request.headers.get("Authorization"))
-        if self.instead is not None:
-            return await self.instead(request)
+        if self.instead is not None and (response := await self.instead(request)) is not None:
+            return response
         match request.path:
             case "/health":
                 return web.Response()
