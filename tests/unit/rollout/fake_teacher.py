@@ -1,18 +1,23 @@
-"""A scripted teacher: a server that scores as SGLang does, with log-probs that tests can know, until it is
+"""A scripted teacher, and a pool over some: a server that scores as SGLang does, with log-probs that tests can know, until it is
 told to misbehave.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import itertools
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
+import pytest
 from aiohttp import web
 
+from megatron_scope.errors import ScopeError
 from megatron_scope.rollout.teacher import TeacherOptions
+from megatron_scope.rollout.teacher_pool import TeacherPool
 from megatron_scope.rollout.teacher_wire import ScoringRequest
 
 OPTIONS = TeacherOptions(
@@ -131,3 +136,31 @@ def answering(status: int, body: Any) -> Callable[[web.Request], Awaitable[web.S
         return web.json_response(body, status=status)
 
     return handler
+
+
+@contextlib.asynccontextmanager
+async def pool_over(
+    *urls: str, started: bool = True, key: str | None = None, **options: Any
+) -> AsyncIterator[TeacherPool]:
+    pool = TeacherPool(urls, dataclasses.replace(OPTIONS, **options), api_key=key)
+    try:
+        if started:
+            await pool.compare(await pool.connect(), VOCAB_SIZE)
+        yield pool
+    finally:
+        await pool.close()
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(20):  # a response that is lost would wait for ever
+            await test()
+
+    asyncio.run(limited())
+
+
+async def error_of(work: Awaitable[Any]) -> ScopeError:
+    with pytest.raises(ScopeError) as raised:
+        await work
+    assert "\n" not in str(raised.value)
+    return raised.value
