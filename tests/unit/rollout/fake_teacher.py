@@ -1,5 +1,5 @@
-"""A scripted teacher, and a pool over some: a server that scores as SGLang does, with log-probs that tests can know, until it is
-told to misbehave.
+"""A scripted teacher, and a pool over some: a server that scores as SGLang does, with log-probs that tests
+can know, until it is told to misbehave.
 """
 
 from __future__ import annotations
