@@ -5,13 +5,14 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.helpers import sglang
 from tests.helpers.models import save_qwen2
 
 COMMAND = [sys.executable, "-m", "megatron_scope"]
@@ -114,6 +115,25 @@ def run() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, env=environment())
 
     return command
+
+
+@pytest.fixture(scope="session")
+def sglang_python() -> str:
+    """A python that has SGLang for the CPU; made by tools/install_sglang_cpu.py the first time."""
+    reason = sglang.unsupported()
+    if reason is not None:
+        pytest.skip(reason)
+    return sglang.install()
+
+
+@pytest.fixture(scope="session")
+def sglang_servers(
+    sglang_python: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[sglang.SglangServers]:
+    """Real SGLang servers; those that tests share end with the session."""
+    servers = sglang.SglangServers(sglang_python, tmp_path_factory.mktemp("sglang"))
+    yield servers
+    servers.close()
 
 
 def environment() -> dict[str, str]:
