@@ -62,6 +62,8 @@ _POSITIVE = (
     "rollout.temperature",
     "rollout.request_timeout_s",
     "rollout.start_timeout_s",
+    "rollout.health_interval_s",
+    "rollout.health_timeout_s",
     "verify.timeout_s",
     "objective.tau",
     "objective.student_temperature",
@@ -341,19 +343,32 @@ def _check_engine(config: Config) -> None:
         )
     if rollout.engine != Engine.SGLANG:
         return
-    if not rollout.servers:
+    if not rollout.servers and not rollout.servers_file:
         raise ConfigError(
             "rollout.servers is empty: rollout.engine=sglang needs the servers' URLs; set "
-            "rollout.servers=[http://HOST:30000], or rollout.engine=embedded for a small model on a CPU"
+            "rollout.servers=[http://HOST:30000] or rollout.servers_file, or rollout.engine=embedded for a "
+            "small model on a CPU"
+        )
+    if rollout.servers and rollout.servers_file:
+        raise ConfigError(
+            f"rollout.servers_file is {rollout.servers_file} and rollout.servers is set too: the servers are "
+            "those of one of them; set rollout.servers=[] or rollout.servers_file=null"
         )
     _check_urls("rollout.servers", rollout.servers)
+    if rollout.router is not None:
+        _check_urls("rollout.router", (rollout.router,))
+        if rollout.router.rstrip("/") in {url.rstrip("/") for url in rollout.servers}:
+            raise ConfigError(
+                f"rollout.router is {rollout.router}, which is in rollout.servers too; list it as "
+                "rollout.router only"
+            )
 
 
 def _check_urls(key: str, urls: Sequence[str]) -> None:
     for url in urls:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"{key} has {url!r}: it must be a URL, as in http://HOST:30000")
-    if len(set(urls)) != len(urls):
+    if len({url.rstrip("/") for url in urls}) != len(urls):
         raise ConfigError(f"{key} names a server twice; list each one once")
 
 

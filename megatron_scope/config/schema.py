@@ -155,6 +155,9 @@ class DataConfig:
 class RolloutConfig:
     engine: Engine = Engine.SGLANG
     servers: tuple[str, ...] = ()
+    servers_file: str | None = None  # instead of `servers`: one URL a line; read again while the run goes on
+    router: str | None = None  # URL of a router before all servers; weights and health pass it by
+    any_sglang_version: bool = False  # also versions that were not tested
     file: str | None = None  # for engine=replay: rows as RUN/rollouts holds them (a file or a folder)
     prompts_per_step: int = 256
     samples_per_prompt: int = 8
@@ -168,7 +171,10 @@ class RolloutConfig:
     overlap_scoring: bool | None = None
     max_concurrent_requests: int = 512  # per server
     request_timeout_s: float = 3600.0
-    start_timeout_s: float = 900.0  # how long a server may take to become healthy
+    # how long a server may take to become healthy, and how long to wait for one when none is left
+    start_timeout_s: float = 900.0
+    health_interval_s: float = 10.0  # between looks at each server while responses are drawn
+    health_timeout_s: float = 30.0  # for an answer to such a look; a server that gives none is taken out
     api_key_env: str | None = None  # environment variable that holds the servers' API key
 
 

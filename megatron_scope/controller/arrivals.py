@@ -5,26 +5,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from megatron_scope.records import JudgedRollout
 
 Placed = tuple[int, JudgedRollout]  # with its place in the step's canonical order
+Arrive = Callable[[int, JudgedRollout], None]
+Produce = Callable[[Arrive], Coroutine[Any, Any, None]]
 
 
 class Arrivals:
-    """Runs a stream of judged rollouts, in whatever order they finish, from within a running event loop.
-
-    An error of the stream is raised by `take`.
+    """Runs `produce`, which hands on judged rollouts in whatever order they finish, as a task of the running
+    event loop. An error of it is raised by `take`.
     """
 
-    def __init__(self, stream: AsyncIterator[Placed]) -> None:
+    def __init__(self, produce: Produce) -> None:
         self.last_arrival_s = time.monotonic()
         self._items: dict[int, JudgedRollout] = {}
         self._fresh: list[Placed] = []
         self._fresh_tokens = 0
         self._progress = asyncio.Event()
-        self._task = asyncio.create_task(self._collect(stream))
+        self._task = asyncio.create_task(produce(self._arrive))
         self._task.add_done_callback(lambda _: self._progress.set())
 
     async def take(self, least_tokens: int | None) -> tuple[list[Placed], bool]:
@@ -45,15 +47,14 @@ class Arrivals:
         return [self._items[place] for place in sorted(self._items)]
 
     async def stop(self) -> None:
-        """Ends the stream, if it still runs; what had arrived stays."""
+        """Ends it, if it still runs; what had arrived stays."""
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):  # `take` has raised it, if asked
             await self._task
 
-    async def _collect(self, stream: AsyncIterator[Placed]) -> None:
-        async for place, item in stream:
-            self._items[place] = item
-            self._fresh.append((place, item))
-            self._fresh_tokens += len(item.rollout.output_ids)
-            self.last_arrival_s = time.monotonic()
-            self._progress.set()
+    def _arrive(self, place: int, item: JudgedRollout) -> None:
+        self._items[place] = item
+        self._fresh.append((place, item))
+        self._fresh_tokens += len(item.rollout.output_ids)
+        self.last_arrival_s = time.monotonic()
+        self._progress.set()

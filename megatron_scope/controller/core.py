@@ -4,6 +4,7 @@ and to the record.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,10 @@ class Controller:
         """
         if self._arrivals is not None:
             await self._arrivals.stop()
-        stream, truncated = self._source.stream(step, version), self._config.rollout.truncated
+        produce = functools.partial(self._source.produce, step, version)
         if self._teacher is not None:
-            stream = self._teacher.scored(stream, lambda item: is_usable(item, truncated))
-        self._arrivals = Arrivals(stream)
+            produce = functools.partial(self._teacher.score_arriving, produce, self._is_usable)
+        self._arrivals = Arrivals(produce)
 
     async def next_part(self, least_tokens: int | None) -> StepPart:
         """The usable responses that have arrived since the last call, once they have `least_tokens` response
@@ -62,10 +63,9 @@ class Controller:
 
         RolloutError when one is longer or has another id than the models can take.
         """
-        truncated = self._config.rollout.truncated
         arrived, is_last = await self._current.take(least_tokens)
         responses = [
-            make_response(place, item, self._limits) for place, item in arrived if is_usable(item, truncated)
+            make_response(place, item, self._limits) for place, item in arrived if self._is_usable(item)
         ]
         return StepPart(tuple(responses), is_last)
 
@@ -97,6 +97,9 @@ class Controller:
         await self._source.close()
         if self._teacher is not None:
             await self._teacher.close()
+
+    def _is_usable(self, item: JudgedRollout) -> bool:
+        return is_usable(item, self._config.rollout.truncated)
 
     @property
     def _current(self) -> Arrivals:

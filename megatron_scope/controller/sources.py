@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_scope.config.needs import draws_responses
 from megatron_scope.config.schema import Config, Engine
-from megatron_scope.controller.arrivals import Placed
+from megatron_scope.controller.arrivals import Arrive
 from megatron_scope.controller.rows import read_steps
 from megatron_scope.controller.service import RolloutService
 from megatron_scope.data.prompts import Cursor, Drawer, Example, example_drawer, prompt_drawer
@@ -24,9 +23,9 @@ from megatron_scope.verify.pool import KNOWN_TASKS
 class Source(Protocol):
     """Gives one step's judged rollouts after another."""
 
-    def stream(self, step: int, version: int) -> AsyncIterator[Placed]:
-        """The rollouts of `step` as they arrive, each with its place in the canonical order: by prompt, then
-        by sample.
+    async def produce(self, step: int, version: int, arrive: Arrive) -> None:
+        """Gives `arrive` each rollout of `step` as soon as it is there, with its place in the canonical
+        order: by prompt, then by sample.
         """
         ...
 
@@ -92,7 +91,7 @@ class SampledRollouts(_Drawn):
             rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens, stops
         )
 
-    def stream(self, step: int, version: int) -> AsyncIterator[Placed]:
+    async def produce(self, step: int, version: int, arrive: Arrive) -> None:
         rollout = self._config.rollout
         requests = [
             RolloutRequest(
@@ -104,7 +103,7 @@ class SampledRollouts(_Drawn):
             for prompt in self._drawer.draw(rollout.prompts_per_step)
             for sample in range(rollout.samples_per_prompt)
         ]
-        return self._service.stream(requests, self._params, version)
+        await self._service.produce(requests, self._params, version, arrive)
 
     async def publish(self, folder: Path, version: int) -> None:
         await self._service.publish(folder, version)
@@ -120,7 +119,7 @@ class ReplayedRollouts:
         self._path = path
         self._steps = read_steps(path)
 
-    async def stream(self, step: int, version: int) -> AsyncIterator[Placed]:
+    async def produce(self, step: int, version: int, arrive: Arrive) -> None:
         del version
         if step > len(self._steps):
             raise DataError(
@@ -128,8 +127,8 @@ class ReplayedRollouts:
                 "run.steps to "
                 f"{len(self._steps)} or less"
             )
-        for placed in enumerate(self._steps[step - 1]):
-            yield placed
+        for place, item in enumerate(self._steps[step - 1]):
+            arrive(place, item)
 
     async def publish(self, folder: Path, version: int) -> None:
         del folder, version
@@ -151,7 +150,7 @@ class GivenResponses(_Drawn):
         super().__init__(drawer)
         self._rows_per_step = rows_per_step
 
-    async def stream(self, step: int, version: int) -> AsyncIterator[Placed]:
+    async def produce(self, step: int, version: int, arrive: Arrive) -> None:
         del step
         for place, example in enumerate(self._drawer.draw(self._rows_per_step)):
             rollout = Rollout(
@@ -163,7 +162,7 @@ class GivenResponses(_Drawn):
                 finish_reason="stop",
                 weight_version=version,
             )
-            yield place, JudgedRollout(rollout, Verdict(True))
+            arrive(place, JudgedRollout(rollout, Verdict(True)))
 
     async def publish(self, folder: Path, version: int) -> None:
         del folder, version

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_scope.config.needs import draws_responses, teacher_reads
 from megatron_scope.config.schema import Config, Engine
-from megatron_scope.controller.arrivals import Placed
+from megatron_scope.controller.arrivals import Arrive, Produce
 from megatron_scope.data.tokenizer import check_same_tokens, load_tokenizer
 from megatron_scope.errors import ConfigError, ScoringError
 from megatron_scope.records import JudgedRollout, Rollout, SequenceLimits
@@ -56,38 +56,28 @@ class ServedTeacher:
         self._check_lengths(facts)
         await self._pool.compare(facts, self._vocab_size)
 
-    async def scored(
-        self, stream: AsyncIterator[Placed], is_usable: Callable[[JudgedRollout], bool]
-    ) -> AsyncIterator[Placed]:
-        """The rollouts of `stream` as they are ready: those that the objective asks the teacher for, if they
-        are usable, with its log-probs; the others pass them by. The first error ends it.
+    async def score_arriving(
+        self, produce: Produce, is_usable: Callable[[JudgedRollout], bool], arrive: Arrive
+    ) -> None:
+        """Runs `produce` and hands its rollouts to `arrive` as they are ready: those that the objective asks
+        the teacher for, if they are usable, with its log-probs; the others at once. The first error ends it.
         """
-        ready: asyncio.Queue[Placed | None] = asyncio.Queue()
 
         async def score(place: int, item: JudgedRollout) -> None:
             values = await self.score(item.rollout)
-            ready.put_nowait((place, dataclasses.replace(item, teacher_logprobs=values)))
+            arrive(place, dataclasses.replace(item, teacher_logprobs=values))
 
-        async def run() -> None:
-            try:
-                async with asyncio.TaskGroup() as group:
-                    async for place, item in stream:
-                        if is_usable(item) and teacher_reads(self._config, correct=item.verdict.correct):
-                            group.create_task(score(place, item))
-                        else:
-                            ready.put_nowait((place, item))
-            except ExceptionGroup as failures:
-                raise _first(failures) from None
-            finally:
-                ready.put_nowait(None)
+        def take(place: int, item: JudgedRollout) -> None:
+            if is_usable(item) and teacher_reads(self._config, correct=item.verdict.correct):
+                group.create_task(score(place, item))
+            else:
+                arrive(place, item)
 
-        running = asyncio.create_task(run())
         try:
-            while (placed := await ready.get()) is not None:
-                yield placed
-            await running
-        finally:
-            running.cancel()
+            async with asyncio.TaskGroup() as group:
+                await produce(take)
+        except ExceptionGroup as failures:
+            raise _first(failures) from None
 
     async def score(self, rollout: Rollout) -> np.ndarray:
         """The teacher's log-prob of each output token, float32 [R] in nats at temperature 1.

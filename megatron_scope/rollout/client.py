@@ -1,4 +1,4 @@
-"""The asyncio client of a rollout server, SGLang or the embedded one, and the streaming of a step's rollouts.
+"""The asyncio client of one rollout server, SGLang or the embedded one, or of a router before several.
 
 Every answer is checked before it becomes a `Rollout`; no torch and no transformers here.
 """
@@ -9,16 +9,16 @@ import asyncio
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import aiohttp
 
 from megatron_scope.errors import RolloutError, ScopeError, SyncError
-from megatron_scope.records import Prompt, Rollout, SamplingParams
+from megatron_scope.records import Rollout, SamplingParams
 from megatron_scope.rollout.wire import (
     RolloutRequest,
     as_object,
+    as_version,
     check_ids,
     generate_body,
     one_line,
@@ -26,17 +26,43 @@ from megatron_scope.rollout.wire import (
     sample_seed,
 )
 
-__all__ = ["ClientOptions", "RolloutRequest", "ServerClient", "collect", "sample_seed"]
+__all__ = [
+    "ClientOptions",
+    "RolloutRequest",
+    "ServerClient",
+    "ServerFailure",
+    "Unhealthy",
+    "sample_seed",
+]
 
 HEALTH_POLL_S = 0.2
+# Below the 5 s after which SGLang's HTTP server closes an idle connection, so that few are met closed.
+KEEP_ALIVE_S = 2.0
+
+
+class ServerFailure(RolloutError):
+    """The server failed, not the request: another server, or this one later, may answer it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Unhealthy:
+    """Why a server is not healthy; `silent` when nothing came within the time limit, as of a hung one."""
+
+    reason: str
+    silent: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class ClientOptions:
-    """Time limits in seconds, and how often a connection that failed (never an answer) is tried again."""
+    """Time limits in seconds, and how often a connection that failed (never an answer) is tried again.
+
+    `probe_timeout_s` is that of health and of what a server says about itself. Requests for responses are not
+    tried again here: whether another server shall answer is for the pool to say.
+    """
 
     request_timeout_s: float = 3600.0
     control_timeout_s: float = 600.0
+    probe_timeout_s: float = 30.0
     num_retries: int = 4
     first_delay_s: float = 0.25  # doubles with each retry
 
@@ -44,17 +70,18 @@ class ClientOptions:
 class ServerClient:
     """One server with SGLang's HTTP protocol. Use it inside `async with`, or call `close`.
 
-    Every failure is a RolloutError (SyncError for weights) of one line that names the server.
+    Every failure is a RolloutError (SyncError for weights) of one line that names the server; a ServerFailure
+    where the server, not the request, is at fault.
     """
 
     def __init__(
         self, url: str, *, vocab_size: int, api_key: str | None = None, options: ClientOptions | None = None
     ) -> None:
         self.url = url.rstrip("/")
-        self.outstanding_tokens = 0  # prompt and most new tokens of the requests in flight
         self._vocab_size, self._api_key = vocab_size, api_key
         self._options = options or ClientOptions()
         self._session: aiohttp.ClientSession | None = None
+        self._sendings = itertools.count()
 
     async def __aenter__(self) -> ServerClient:
         return self
@@ -68,39 +95,66 @@ class ServerClient:
             await self._session.close()
             self._session = None
 
+    # ---- what a server says about itself
+
+    async def health(self) -> Unhealthy | None:
+        """None when GET /health gives 200, else what was seen."""
+        limit_s = self._options.probe_timeout_s
+        try:
+            async with self._open_session().get(
+                self._at("/health"), timeout=aiohttp.ClientTimeout(total=limit_s)
+            ) as response:
+                return None if response.status == 200 else Unhealthy(f"HTTP {response.status}", silent=False)
+        except TimeoutError:
+            return Unhealthy(f"no answer to GET /health within {limit_s:g} s", silent=True)
+        except (aiohttp.ClientError, OSError) as error:
+            return Unhealthy(self._clean(error) or type(error).__name__, silent=False)
+
     async def wait_healthy(self, timeout_s: float) -> None:
         """Returns once GET /health gives 200; RolloutError after `timeout_s`."""
         deadline = asyncio.get_running_loop().time() + timeout_s
-        while True:
-            seen = await self._probe()
-            if seen is None:
-                return
+        while (seen := await self.health()) is not None:
             if asyncio.get_running_loop().time() > deadline:
                 raise RolloutError(
-                    f"{self.url}: not healthy after {timeout_s:g} s ({seen}); start the server, mend "
+                    f"{self.url}: not healthy after {timeout_s:g} s ({seen.reason}); start the server, mend "
                     "rollout.servers, or raise rollout.start_timeout_s"
                 )
             await asyncio.sleep(HEALTH_POLL_S)
 
-    async def server_info(self) -> dict[str, Any]:
-        """The server's settings, `weight_version` among them."""
+    async def server_info(self, failure: type[ScopeError] = RolloutError) -> dict[str, Any]:
+        """The settings that the server was started with, and its `version`."""
         return as_object(
-            await self._request("GET", "/server_info", None, RolloutError), self._at("/server_info")
+            await self._request("GET", "/server_info", None, failure), self._at("/server_info"), failure
         )
 
+    async def model_info(self, failure: type[ScopeError] = RolloutError) -> dict[str, Any]:
+        """The model that the server serves now, its `weight_version` among the rest."""
+        return as_object(
+            await self._request("GET", "/model_info", None, failure), self._at("/model_info"), failure
+        )
+
+    async def weight_version(self) -> int | None:
+        """The version of the weights that the server serves now; None where no trainer has set one."""
+        return as_version((await self.model_info()).get("weight_version"))
+
+    # ---- work
+
     async def generate(
-        self, prompt: Prompt, sample: int, params: SamplingParams, *, seed: int, rid: str
+        self, request: RolloutRequest, params: SamplingParams, *, version: int | None = None
     ) -> Rollout:
-        """One response to `prompt`; RolloutError where none comes or it does not hold together."""
-        request = RolloutRequest(prompt, sample, seed, rid)
-        check_ids(prompt, self._vocab_size)
-        size = len(prompt.token_ids) + params.max_new_tokens
-        self.outstanding_tokens += size
-        try:
-            body = await self._request("POST", "/generate", generate_body(request, params), RolloutError)
-        finally:
-            self.outstanding_tokens -= size
-        return parse_rollout(body, request, params, vocab_size=self._vocab_size, server=self.url)
+        """One response; RolloutError where none comes or it does not hold together.
+
+        With a `version`, StaleWeights where any of its tokens comes from other weights.
+        """
+        check_ids(request.prompt, self._vocab_size)
+
+        def body() -> dict[str, Any]:
+            return generate_body(request, params, sending=next(self._sendings))
+
+        answer = await self._request("POST", "/generate", body, RolloutError)
+        return parse_rollout(
+            answer, request, params, vocab_size=self._vocab_size, server=self.url, version=version
+        )
 
     async def update_weights_from_disk(self, path: str, version: int, *, abort_running: bool = False) -> None:
         """Has the server load `path` as `version` and reads that back; SyncError where it differs."""
@@ -117,9 +171,7 @@ class ServerClient:
         if answer.get("success") is not True:
             raise SyncError(f"{where}: the server did not take {path}: {one_line(answer.get('message'))}")
         # SGLang's /server_info goes on telling the version that the server was started with.
-        path = "/model_info"
-        info = as_object(await self._request("GET", path, None, SyncError), self._at(path), SyncError)
-        got = info.get("weight_version")
+        got = (await self.model_info(SyncError)).get("weight_version")
         if str(got) != str(version):
             raise SyncError(
                 f"{self.url}: weight version is {got!r} after an update to {version}; does another "
@@ -150,30 +202,37 @@ class ServerClient:
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
             headers = {} if self._api_key is None else {"Authorization": f"Bearer {self._api_key}"}
-            self._session = aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0))
+            tracing = aiohttp.TraceConfig()
+            tracing.on_connection_reuseconn.append(_note_reuse)
+            self._session = aiohttp.ClientSession(
+                headers=headers,
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
+                trace_configs=[tracing],
+            )
         return self._session
 
-    async def _probe(self) -> str | None:
-        """None when healthy, else what was seen."""
-        limit = aiohttp.ClientTimeout(total=10.0)
-        try:
-            async with self._open_session().get(self._at("/health"), timeout=limit) as response:
-                return None if response.status == 200 else f"HTTP {response.status}"
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            return one_line(error) or type(error).__name__
+    def _limit(self, method: str, path: str) -> tuple[float, str]:
+        """The time limit of an exchange, and the setting that gives it."""
+        if path == "/generate":
+            return self._options.request_timeout_s, "rollout.request_timeout_s"
+        if method == "GET":
+            return self._options.probe_timeout_s, "rollout.health_timeout_s"
+        return self._options.control_timeout_s, "sync.timeout_s"
 
     async def _request(
         self, method: str, path: str, body: Any, failure: type[ScopeError], *, parse: bool = True
     ) -> Any:
-        """The parsed JSON answer. A failed connection is tried again, under another request id."""
+        """The parsed JSON answer. A failed connection is tried again, but not a request for a response."""
+        num_retries = 0 if path == "/generate" else self._options.num_retries
         delay = self._options.first_delay_s
         for attempt in itertools.count():
             try:
-                return await self._exchange(method, path, _for_attempt(body, attempt), failure, parse)
+                return await self._exchange(method, path, body, failure, parse)
             except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as error:
-                if attempt >= self._options.num_retries:
-                    raise failure(
-                        f"{self._at(path)}: no connection after {attempt + 1} attempts "
+                if attempt >= num_retries:
+                    tries = f" after {attempt + 1} attempts" if num_retries else ""
+                    raise _of_server(failure)(
+                        f"{self._at(path)}: no connection{tries} "
                         f"({self._clean(error) or type(error).__name__}); is the server up, and is "
                         "rollout.servers right?"
                     ) from error
@@ -183,16 +242,12 @@ class ServerClient:
     async def _exchange(
         self, method: str, path: str, body: Any, failure: type[ScopeError], parse: bool
     ) -> Any:
-        generating = path == "/generate"
-        limit_s = self._options.request_timeout_s if generating else self._options.control_timeout_s
-        timeout = aiohttp.ClientTimeout(total=limit_s)
+        limit_s, setting = self._limit(method, path)
         where = self._at(path)
         try:
-            async with self._open_session().request(method, where, json=body, timeout=timeout) as response:
-                status, text = response.status, await response.text(errors="replace")
+            status, answer = await self._send(method, path, body, limit_s)
         except TimeoutError as error:
-            setting = "rollout.request_timeout_s" if generating else "sync.timeout_s"
-            raise failure(
+            raise _of_server(failure)(
                 f"{where}: no answer within {limit_s:g} s; look at the server, or raise {setting}"
             ) from error
         except aiohttp.InvalidURL as error:
@@ -206,81 +261,76 @@ class ServerClient:
         if status == 401:
             raise failure(f"{where}: HTTP 401, the API key is missing or wrong; mend rollout.api_key_env")
         if status != 200:
-            raise failure(f"{where}: HTTP {status}: {self._clean(_server_message(text))}")
+            kind = _of_server(failure) if status >= 500 or status in (408, 429) else failure
+            raise kind(f"{where}: HTTP {status}: {self._clean(_server_message(answer))}")
         if not parse:
             return None
         try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
+            return json.loads(answer)
+        except ValueError as error:
             raise failure(
-                f"{where}: the answer is not JSON: {self._clean(text)!r}; is this an SGLang server?"
+                f"{where}: the answer is not JSON: {self._clean(_text(answer))!r}; is this an SGLang server?"
             ) from error
+
+    async def _send(self, method: str, path: str, body: Any, limit_s: float) -> tuple[int, bytes]:
+        """Status and body of the answer.
+
+        A connection from an earlier exchange may have been closed by the server meanwhile, which says nothing
+        about the server: the request is sent again at once, in the end on a new connection. A `body` that is
+        to be another each time is a function.
+        """
+        async with asyncio.timeout(limit_s):
+            while True:
+                connection = _Connection()
+                try:
+                    async with self._open_session().request(
+                        method,
+                        self._at(path),
+                        json=body() if callable(body) else body,
+                        timeout=aiohttp.ClientTimeout(),
+                        trace_request_ctx=connection,
+                    ) as response:
+                        connection.has_answered = True
+                        return response.status, await response.read()
+                except (aiohttp.ClientConnectionError, ConnectionError):
+                    if connection.has_answered or not connection.is_reused:
+                        raise
 
     def _clean(self, message: object) -> str:
         text = one_line(message)
         return text if not self._api_key else text.replace(self._api_key, "***")
 
 
-async def collect(
-    clients: Sequence[ServerClient],
-    requests: Sequence[RolloutRequest],
-    params: SamplingParams,
-    *,
-    max_concurrent: int,
-    on_rollout: Callable[[Rollout], None],
-) -> None:
-    """Runs all requests and hands each Rollout to `on_rollout` as it arrives, in whatever order they finish.
+@dataclasses.dataclass
+class _Connection:
+    """What is known of the connection that carried a request."""
 
-    At most `max_concurrent` requests run on one server. Requests of one prompt go to one server, which then
-    reads their prompt once; a new prompt goes to the server with the fewest outstanding tokens. The first
-    request that finally fails cancels the others, and its error is raised.
-    """
-    slots = {client: asyncio.Semaphore(max_concurrent) for client in clients}
-    home: dict[str, ServerClient] = {}
-
-    async def run(client: ServerClient, request: RolloutRequest) -> None:
-        try:
-            rollout = await client.generate(
-                request.prompt, request.sample, params, seed=request.seed, rid=request.rid
-            )
-        finally:
-            slots[client].release()
-        on_rollout(rollout)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            for request in requests:
-                client = home.get(request.prompt.id) or min(
-                    clients, key=lambda client: client.outstanding_tokens
-                )
-                home[request.prompt.id] = client
-                await slots[client].acquire()
-                group.create_task(run(client, request))
-                await asyncio.sleep(0)  # lets the request count as outstanding before the next one is placed
-    except BaseExceptionGroup as failures:
-        raise _first(failures) from None
+    is_reused: bool = False
+    has_answered: bool = False
 
 
-def _for_attempt(body: Any, attempt: int) -> Any:
-    """A retry must not collide with what the server may still hold under the first attempt's id."""
-    if attempt == 0 or not isinstance(body, dict) or "rid" not in body:
-        return body
-    return {**body, "rid": f"{body['rid']}-retry{attempt}"}
+async def _note_reuse(session: aiohttp.ClientSession, context: Any, params: Any) -> None:
+    del session, params
+    if context.trace_request_ctx is not None:
+        context.trace_request_ctx.is_reused = True
 
 
-def _server_message(text: str) -> str:
+def _of_server(failure: type[ScopeError]) -> type[ScopeError]:
+    """The error that says that the server is at fault."""
+    return ServerFailure if failure is RolloutError else failure
+
+
+def _text(answer: bytes) -> str:
+    return answer.decode(errors="replace")
+
+
+def _server_message(answer: bytes) -> str:
     """What an error body says: SGLang writes error.message, error, or message."""
     try:
-        body = json.loads(text)
-    except json.JSONDecodeError:
-        return text
+        body = json.loads(answer)
+    except ValueError:
+        return _text(answer)
     if not isinstance(body, dict):
-        return text
-    error = body.get("error", body.get("message", text))
+        return _text(answer)
+    error = body.get("error", body.get("message", _text(answer)))
     return str(error.get("message", error) if isinstance(error, dict) else error)
-
-
-def _first(failures: BaseExceptionGroup) -> BaseException:
-    """The earliest leaf of a task group's failures; the others only follow from it."""
-    first = failures.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 from megatron_scope.errors import RolloutError, ScopeError
@@ -14,9 +16,15 @@ from megatron_scope.records import FinishReason, Prompt, Rollout, SamplingParams
 MAX_MESSAGE_CHARS = 500  # of what a server says, in an error
 
 
+class StaleWeights(RolloutError):
+    """A response was drawn, in whole or in part, from other weights than were asked for."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RolloutRequest:
-    """One single-sample request; `rid` and `seed` are its own, so that a retry gives the same sample."""
+    """One single-sample request; its `seed` is its own, so that a retry draws the same way. What the server
+    sees as request id begins with `rid`.
+    """
 
     prompt: Prompt
     sample: int
@@ -30,8 +38,12 @@ def sample_seed(run_seed: int, step: int, prompt_id: str, sample: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
 
 
-def generate_body(request: RolloutRequest, params: SamplingParams) -> dict[str, Any]:
-    """The /generate body of one single-sample request, in SGLang's fields only."""
+def generate_body(request: RolloutRequest, params: SamplingParams, *, sending: int = 0) -> dict[str, Any]:
+    """The /generate body of one single-sample request, in SGLang's fields only.
+
+    `sending` sets its request id apart from earlier ones: a server may still hold the request under the first.
+    SGLang ends every request whose id begins with that of an aborted one, so no id is the beginning of another.
+    """
     return {
         "input_ids": list(request.prompt.token_ids),
         "sampling_params": {
@@ -46,16 +58,23 @@ def generate_body(request: RolloutRequest, params: SamplingParams) -> dict[str, 
             "sampling_seed": request.seed,
         },
         "return_logprob": True,
-        "rid": request.rid,
+        "rid": f"{request.rid}-{sending}.",
     }
 
 
 def parse_rollout(
-    body: Any, request: RolloutRequest, params: SamplingParams, *, vocab_size: int, server: str
+    body: Any,
+    request: RolloutRequest,
+    params: SamplingParams,
+    *,
+    vocab_size: int,
+    server: str,
+    version: int | None = None,
 ) -> Rollout:
     """Checks a /generate answer and makes it a Rollout; RolloutError names server, prompt and sample.
 
-    A response that spans a weight update carries its oldest version.
+    A response that spans a weight update carries its oldest version; with a `version`, StaleWeights unless
+    every token comes from it.
     """
     where = f"{server}: the answer to prompt {request.prompt.id!r} sample {request.sample}"
     answer = as_object(body, where)
@@ -72,12 +91,12 @@ def parse_rollout(
         text=text,
         engine_logprobs=logprobs,
         finish_reason=_finish_reason(meta, where),
-        weight_version=_weight_version(meta, where),
+        weight_version=_weight_version(meta, version, where),
     )
 
 
 def _output_ids(value: Any, params: SamplingParams, vocab_size: int, where: str) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(_is_id(token, vocab_size) for token in value):
+    if not isinstance(value, list) or not _are_ids(value, vocab_size):
         raise RolloutError(
             f"{where} has output_ids that are not token ids in 0..{vocab_size - 1}; same tokenizer?"
         )
@@ -93,15 +112,29 @@ def _logprobs(entries: Any, output_ids: tuple[int, ...], where: str) -> tuple[fl
         raise RolloutError(
             f"{where} has {got} log-probs for {len(output_ids)} output ids; expected one for each"
         )
+    if not entries:
+        return ()
+    # By column: a step has millions of entries, and this runs in the one thread that feeds all servers.
+    try:
+        logprobs, tokens = itertools.islice(zip(*entries, strict=True), 2)
+        if tokens == output_ids and all(map(math.isfinite, logprobs)):
+            return tuple(map(float, logprobs))
+    except (TypeError, ValueError):  # not rows of numbers; what is wrong with which is said below
+        pass
+    raise RolloutError(_wrong_logprob(entries, output_ids, where))
+
+
+def _wrong_logprob(entries: list[Any], output_ids: tuple[int, ...], where: str) -> str:
+    """What is wrong with the first entry that is not [a finite log-prob, its token id, ...]."""
     for place, (entry, token) in enumerate(zip(entries, output_ids, strict=True)):
         if not isinstance(entry, list) or len(entry) < 2 or entry[1] != token:
-            raise RolloutError(f"{where}: log-prob {place} is {entry!r}; expected one of token {token}")
+            return f"{where}: log-prob {place} is {entry!r}; expected one of token {token}"
         if not isinstance(entry[0], int | float) or not math.isfinite(entry[0]):
-            raise RolloutError(
+            return (
                 f"{where}: the log-prob of token {place} is {entry[0]!r}; expected a finite number: are "
                 "the weights sound?"
             )
-    return tuple(float(entry[0]) for entry in entries)
+    return f"{where}: the log-prob entries differ in length; is this an SGLang server?"
 
 
 def _finish_reason(meta: dict[str, Any], where: str) -> FinishReason:
@@ -112,13 +145,19 @@ def _finish_reason(meta: dict[str, Any], where: str) -> FinishReason:
     return cast(FinishReason, kind)
 
 
-def _weight_version(meta: dict[str, Any], where: str) -> int:
+def _weight_version(meta: dict[str, Any], expected: int | None, where: str) -> int:
     """The oldest version of the response's spans, or the server's own where it gives none."""
     spans = meta.get("weight_versions") or []
     if not isinstance(spans, list) or not all(isinstance(span, dict) for span in spans):
         raise RolloutError(f"{where}: weight_versions is {spans!r}; expected a list of spans")
     found = [span.get("version") for span in spans] or [meta.get("weight_version")]
-    versions = [_integral(version) for version in found]
+    versions = [as_version(version) for version in found]
+    if expected is not None and any(version != expected for version in versions):
+        shown = ", ".join(str(version) for version in found)
+        raise StaleWeights(
+            f"{where} comes from weight version {shown}; expected {expected}: was the server started again, "
+            "or does another trainer use it?"
+        )
     if None in versions:
         raise RolloutError(
             f"{where}: weight version is {found[versions.index(None)]!r}; expected an integer: publish "
@@ -127,7 +166,8 @@ def _weight_version(meta: dict[str, Any], where: str) -> int:
     return min(version for version in versions if version is not None)
 
 
-def _integral(value: Any) -> int | None:
+def as_version(value: Any) -> int | None:
+    """The number of a weight version as a server tells it; None for what no trainer has set ("default")."""
     if isinstance(value, bool) or not isinstance(value, int | str):
         return None
     try:
@@ -137,17 +177,20 @@ def _integral(value: Any) -> int | None:
 
 
 def check_ids(prompt: Prompt, vocab_size: int) -> None:
-    """An id outside of the vocabulary would end the whole server."""
-    bad = next((token for token in prompt.token_ids if not _is_id(token, vocab_size)), None)
-    if bad is not None or not prompt.token_ids:
-        got = "no tokens" if bad is None else f"token id {bad}"
-        raise RolloutError(
-            f"prompt {prompt.id!r} has {got}; expected ids in 0..{vocab_size - 1}: same tokenizer?"
-        )
+    """RolloutError for an id outside of the vocabulary, which would end the whole server."""
+    ids = prompt.token_ids
+    if ids and _are_ids(ids, vocab_size):
+        return
+    bad = [token for token in ids if not _are_ids((token,), vocab_size)]
+    got = f"token id {bad[0]}" if bad else "no tokens"
+    raise RolloutError(
+        f"prompt {prompt.id!r} has {got}; expected ids in 0..{vocab_size - 1}: same tokenizer?"
+    )
 
 
-def _is_id(value: Any, vocab_size: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
+def _are_ids(values: Sequence[Any], vocab_size: int) -> bool:
+    """Whether all are integers in 0..vocab_size - 1; a bool is none."""
+    return set(map(type, values)) <= {int} and (not values or (min(values) >= 0 and max(values) < vocab_size))
 
 
 def as_object(value: Any, where: str, failure: type[ScopeError] = RolloutError) -> dict[str, Any]:

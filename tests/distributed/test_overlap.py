@@ -92,11 +92,14 @@ def hold_the_last(path: str, body: Any) -> float:
     return HELD_S if path == "/generate" and body["rid"].endswith("/5/3") else 0.0
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    "objective",
-    [{}, {"divergence": "reverse_kl"}, {"name": "grpo", "kl_coefficient": 0.1}],
-    ids=["scope", "reverse_kl", "grpo"],
+    ("layout", "objective"),
+    [
+        ("tp2-pp2", {}),
+        ("dp2", {"divergence": "reverse_kl"}),
+        ("dp2", {"name": "grpo", "kl_coefficient": 0.1}),
+    ],
+    ids=["scope-tp2-pp2", "reverse_kl-dp2", "grpo-dp2"],
 )
 def test_scoring_behind_generation_changes_no_number(pool, settings, server, tmp_path, layout, objective):
     settings = changed(settings, objective=objective)

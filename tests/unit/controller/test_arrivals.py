@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
 
-from megatron_scope.controller.arrivals import Arrivals, Placed
+from megatron_scope.controller.arrivals import Arrivals, Arrive, Placed
 from megatron_scope.errors import RolloutError
 from tests.unit.controller.judged import judged
 
 
 class Script:
-    """A stream whose items a test lets go one after another; each has three response tokens."""
+    """A source whose rollouts a test lets go one after another; each has three response tokens."""
 
     def __init__(self) -> None:
         self.queue: asyncio.Queue[int | Exception | None] = asyncio.Queue()
-        self.was_closed = False
+        self.has_ended = False
 
     def say(self, *places: int | Exception | None) -> None:
         for place in places:
             self.queue.put_nowait(place)
 
-    async def stream(self) -> AsyncIterator[Placed]:
+    async def produce(self, arrive: Arrive) -> None:
         try:
             while (place := await self.queue.get()) is not None:
                 if isinstance(place, Exception):
                     raise place
-                yield place, judged("p", place)
+                arrive(place, judged("p", place))
         finally:
-            self.was_closed = True
+            self.has_ended = True
 
 
 def places(taken: tuple[list[Placed], bool]) -> tuple[list[int], bool]:
@@ -45,7 +44,7 @@ async def settle() -> None:
 def test_what_has_arrived_is_taken_once_in_order_and_before_the_rest_is_there():
     async def run() -> None:
         script = Script()
-        arrivals = Arrivals(script.stream())
+        arrivals = Arrivals(script.produce)
         script.say(4, 0, 2)
         await settle()
         assert places(await arrivals.take(1)) == ([0, 2, 4], False)
@@ -65,7 +64,7 @@ def test_what_has_arrived_is_taken_once_in_order_and_before_the_rest_is_there():
 def test_without_a_number_of_tokens_the_step_is_one_part():
     async def run() -> None:
         script = Script()
-        arrivals = Arrivals(script.stream())
+        arrivals = Arrivals(script.produce)
         waiting = asyncio.create_task(arrivals.take(None))
         for place in (2, 0, 1):
             script.say(place)
@@ -77,10 +76,10 @@ def test_without_a_number_of_tokens_the_step_is_one_part():
     asyncio.run(run())
 
 
-def test_an_error_of_the_stream_reaches_who_waits_and_who_asks_later():
+def test_an_error_of_the_source_reaches_who_waits_and_who_asks_later():
     async def run() -> None:
         script = Script()
-        arrivals = Arrivals(script.stream())
+        arrivals = Arrivals(script.produce)
         waiting = asyncio.create_task(arrivals.take(100))
         script.say(0, RolloutError("all servers are gone"))
         with pytest.raises(RolloutError, match="all servers are gone"):
@@ -92,13 +91,13 @@ def test_an_error_of_the_stream_reaches_who_waits_and_who_asks_later():
     asyncio.run(run())
 
 
-def test_stopping_ends_the_stream():
+def test_stopping_ends_the_source():
     async def run() -> None:
         script = Script()
-        arrivals = Arrivals(script.stream())
+        arrivals = Arrivals(script.produce)
         script.say(0)
         await settle()
         await arrivals.stop()
-        assert script.was_closed
+        assert script.has_ended
 
     asyncio.run(run())

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from megatron_scope.config import parse_config
+from megatron_scope.controller.arrivals import Arrive, Produce
 from megatron_scope.controller.teacher import ServedTeacher
 from megatron_scope.errors import ConfigError, RolloutError, ScoringError
 from megatron_scope.records import JudgedRollout, SequenceLimits
@@ -66,16 +67,27 @@ def fake(**model_info: Any) -> FakeTeacher:
     return FakeTeacher(**{"tokenizer_path": None, **model_info})
 
 
-async def stream_of(*items: JudgedRollout) -> AsyncIterator[tuple[int, JudgedRollout]]:
-    for place, item in enumerate(items):
-        yield place, item
+def producing(*items: JudgedRollout, error: Exception | None = None) -> Produce:
+    async def produce(arrive: Arrive) -> None:
+        for place, item in enumerate(items):
+            arrive(place, item)
+        if error is not None:
+            raise error
+
+    return produce
 
 
-async def gather(teacher: ServedTeacher, *items: JudgedRollout) -> dict[int, JudgedRollout]:
-    def is_usable(item: JudgedRollout) -> bool:
-        return item.rollout.finish_reason != "abort"
-
-    return {place: item async for place, item in teacher.scored(stream_of(*items), is_usable)}
+async def gather(
+    teacher: ServedTeacher, *items: JudgedRollout, error: Exception | None = None
+) -> dict[int, JudgedRollout]:
+    """What arrives of the items, in its order; aborted ones are not usable."""
+    found: dict[int, JudgedRollout] = {}
+    await teacher.score_arriving(
+        producing(*items, error=error),
+        lambda item: item.rollout.finish_reason != "abort",
+        found.__setitem__,
+    )
+    return found
 
 
 def sent(server: FakeTeacher) -> list[list[int]]:
@@ -139,8 +151,7 @@ def test_what_the_teacher_need_not_read_does_not_wait_for_it(student: Path) -> N
     async def test() -> None:
         async with fake() as server, teacher_over(student, server) as teacher:
             server.delay_s = 0.2
-            stream = teacher.scored(stream_of(STEP[1], STEP[0]), lambda item: True)
-            assert [place async for place, _ in stream] == [1, 0]
+            assert list(await gather(teacher, STEP[1], STEP[0])) == [1, 0]
 
     run(test)
 
@@ -172,7 +183,7 @@ def test_what_a_server_would_not_survive_or_take_is_never_sent(
     run(test)
 
 
-def test_the_first_error_ends_the_stream_and_what_is_under_way(student: Path) -> None:
+def test_the_first_error_ends_the_step_and_what_is_under_way(student: Path) -> None:
     async def test() -> None:
         async with fake() as server, teacher_over(student, server) as teacher:
             server.instead = dropping
@@ -186,19 +197,11 @@ def test_the_first_error_ends_the_stream_and_what_is_under_way(student: Path) ->
 
 
 def test_an_error_of_the_rollouts_is_not_hidden_by_the_teacher(student: Path) -> None:
-    async def broken() -> AsyncIterator[tuple[int, JudgedRollout]]:
-        yield 0, STEP[1]
-        raise RolloutError("the rollout servers are gone")
-
     async def test() -> None:
         async with fake() as server, teacher_over(student, server) as teacher:
             server.instead = hanging
-
-            async def take() -> None:
-                async for _ in teacher.scored(broken(), lambda item: True):
-                    pass
-
-            assert str(await error_of(take())) == "the rollout servers are gone"
+            gone = RolloutError("the rollout servers are gone")
+            assert await error_of(gather(teacher, STEP[1], error=gone)) is gone
 
     run(test)
 

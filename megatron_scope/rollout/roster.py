@@ -1,0 +1,266 @@
+"""Who is in the pool: servers are watched, taken out, and brought back with current weights."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable
+
+from megatron_scope.errors import RolloutError, ScopeError
+from megatron_scope.rollout.addresses import AddressBook
+from megatron_scope.rollout.client import ServerClient
+from megatron_scope.rollout.delivery import Delivery
+from megatron_scope.rollout.identity import Expectation, check_identity
+from megatron_scope.rollout.member import MAX_FAILURES, Member, State
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolOptions:
+    """Bounds of the pool; times in seconds."""
+
+    max_concurrent: int  # requests at once on one server
+    health_interval_s: float
+    start_timeout_s: float  # for a server to become healthy; for one to come back when none is left
+    max_untaken: int = 1024  # responses that wait for their consumer before no more requests are sent
+    max_tries: int = 8  # of one request, before what fails is taken to be the request
+
+
+def _no_excuse() -> None:
+    """Nothing is known that would explain the end of a server."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Servers:
+    """Where the servers are and what they must be.
+
+    `router`: the URL of a router before all of them. `explain` raises the reason where the servers' end is
+    known and final.
+    """
+
+    addresses: AddressBook
+    connect: Callable[[str], ServerClient]
+    expected: Expectation
+    router: str | None = None
+    explain: Callable[[], None] = _no_excuse
+
+
+class Roster:
+    """The servers and their states. `changed` is set whenever one of them may have become able to do more."""
+
+    def __init__(self, servers: Servers, options: PoolOptions) -> None:
+        self._servers, self._options = servers, options
+        self.members = [Member(servers.connect(url)) for url in servers.addresses.urls]
+        self.router = None if servers.router is None else Member(servers.connect(servers.router))
+        self.delivery: Delivery | None = None
+        self.changed = asyncio.Event()
+
+    @property
+    def watched(self) -> list[Member]:
+        """The servers, and the router before them if there is one."""
+        return [*self.members] if self.router is None else [*self.members, self.router]
+
+    # ---- who may be asked
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether any server may still answer."""
+        return any(
+            member.state is not State.OUT and (member.is_listed or member.tasks) for member in self.members
+        )
+
+    def choose(self, home: Member | None) -> Member | None:
+        """Where one more request goes: to `home` if it has room, else to the server with room and the fewest
+        outstanding tokens; None when there is none.
+
+        A router is asked only while it and every server are in: it may know less of them than we do.
+        """
+        router = self.router
+        listed = [member for member in self.members if member.is_listed]
+        if (
+            router is not None
+            and router.state is State.IN
+            and all(member.state is State.IN for member in listed)
+        ):
+            return router if len(router.tasks) < len(listed) * self._options.max_concurrent else None
+        if home is not None and self._has_room(home):
+            return home
+        able = [member for member in listed if self._has_room(member)]
+        return min(able, key=lambda member: member.outstanding_tokens, default=None)
+
+    def _has_room(self, member: Member) -> bool:
+        is_free = len(member.tasks) < self._options.max_concurrent
+        return member.state is State.IN and member.is_listed and is_free
+
+    def suspect(self, asked: Member, reason: str) -> None:
+        """A request to `asked` failed; behind a router it may have been any server's fault."""
+        if asked.state is State.IN:
+            asked.num_failures += 1
+        asked.suspect(reason)
+        if asked is self.router:
+            for member in self.members:
+                member.suspect(reason)
+
+    def stale(self, asked: Member, reason: str) -> None:
+        """`asked` answered with other weights than the published ones."""
+        if asked is self.router:
+            self.suspect(asked, reason)  # the looks at the servers' versions tell whose they were
+        elif asked.state is not State.OUT:
+            self.take_out(asked, reason)
+            asked.look.set()
+
+    def nobody_left(self, failure: type[ScopeError], what: str) -> ScopeError:
+        """The error that names every server and why it is out; raises a better explanation where known."""
+        self._servers.explain()
+        seen = "; ".join(f"{member.url}: {member.reason}" for member in self.members)
+        return failure(f"{what}: {seen}. Start a server, or mend rollout.servers")
+
+    def explain(self) -> None:
+        """Raises where the servers' end is known and final."""
+        self._servers.explain()
+
+    # ---- out and in
+
+    def take_out(self, member: Member, reason: str, *, is_silent: bool = False) -> None:
+        """Asks `member` no more; its unfinished requests are given up, to go elsewhere."""
+        given_up = set(member.tasks)
+        if is_silent and self.router is not None:
+            # The router would wait for it as long as for any other answer, and cannot say whose that is.
+            given_up |= self.router.tasks
+        member.state, member.reason = State.OUT, reason
+        moved = f"; {len(given_up)} unfinished requests go elsewhere" if given_up else ""
+        warn(f"rollout server {member.url} is taken out: {reason}{moved}")
+        for task in given_up:
+            task.cancel()
+        self.changed.set()
+
+    def take_in(self, member: Member) -> None:
+        """`member` may be asked."""
+        member.state, member.reason, member.num_failures = State.IN, "", 0
+        self.changed.set()
+
+    async def watch(self) -> None:
+        """Looks after the servers, and their list, until it is cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for member in self.watched:
+                group.create_task(self._watch(member))
+            while True:
+                await asyncio.sleep(self._options.health_interval_s)
+                for member in self.refresh():
+                    member.look.set()
+                    group.create_task(self._watch(member))
+
+    def refresh(self) -> list[Member]:
+        """Follows the list of addresses: returns the new servers; those not listed any more are drained."""
+        book = self._servers.addresses
+        trouble = book.look()
+        if trouble is not None:
+            warn(trouble)
+        for member in self.members:
+            if member.url not in book.urls and member.is_listed:
+                note(f"rollout server {member.url} is not listed any more and gets no new requests")
+                member.is_listed = False
+        listed = {member.url for member in self.members if member.is_listed}
+        new = [Member(self._servers.connect(url)) for url in book.urls if url not in listed]
+        self.members += new
+        self.changed.set()
+        return new
+
+    async def drop_drained(self) -> None:
+        """Closes the connections of servers that are not listed any more and have answered everything."""
+        for member in [one for one in self.members if not one.is_listed and not one.tasks]:
+            self.members.remove(member)
+            await member.client.close()
+
+    async def _watch(self, member: Member) -> None:
+        while member.is_listed or member.tasks:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._options.health_interval_s):
+                    await member.look.wait()
+            member.look.clear()
+            if member.state is State.OUT:
+                await self._bring_back(member)
+            else:
+                await self.examine(member)
+
+    async def examine(self, member: Member, *, version_too: bool = True) -> None:
+        """Looks at a server that is in, and takes it out where it is not well or has other weights."""
+        unhealthy = await member.client.health()
+        reason = None if unhealthy is None else unhealthy.reason
+        if reason is None and version_too and member is not self.router:
+            reason = await self._version_trouble(member)
+        if reason is None and member.num_failures >= MAX_FAILURES:
+            reason = f"{member.num_failures} failures in a row, the last: {member.reason}"
+        if member.state is State.OUT:  # by an answer that came meanwhile
+            return
+        if reason is not None:
+            self.take_out(member, reason, is_silent=unhealthy is not None and unhealthy.silent)
+        elif member.state is State.SUSPECT:
+            member.state = State.IN
+            self.changed.set()
+
+    async def _version_trouble(self, member: Member) -> str | None:
+        assert self.delivery is not None
+        try:
+            version = await member.client.weight_version()
+        except RolloutError as error:
+            return str(error)
+        if version == self.delivery.version:
+            return None
+        return f"its weight version is {version}, not {self.delivery.version}"
+
+    async def _bring_back(self, member: Member) -> None:
+        try:
+            reason = await self.why_unfit(member)
+            if reason is None and member is not self.router:
+                reason = await self._why_not_current(member)
+        except ScopeError as error:
+            reason = str(error)
+        if not member.is_listed:
+            return
+        if reason is None:
+            self.take_in(member)
+            note(f"rollout server {member.url} is in")
+        elif reason != member.reason:
+            member.reason = reason
+            warn(f"rollout server {member.url} stays out: {reason}")
+
+    async def why_unfit(self, member: Member) -> str | None:
+        """Why a server that is out could not take new weights: its health, its software, its model."""
+        unhealthy = await member.client.health()
+        if unhealthy is not None:
+            return unhealthy.reason
+        if member is self.router:
+            return None
+        try:
+            await check_identity(member.client, self._servers.expected)
+            await member.client.abort_all()  # what it still does, it does for requests asked elsewhere since
+        except ScopeError as error:
+            return str(error)
+        return None
+
+    async def _why_not_current(self, member: Member) -> str | None:
+        """Gives the server the current weights where it has others, and reads the version back."""
+        trouble = await self._version_trouble(member)
+        if trouble is None:
+            return None
+        assert self.delivery is not None
+        if not await self.delivery.to_one(member.client):
+            return f"{trouble}: it waits for the next version"
+        return await self._version_trouble(member)
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        for member in self.watched:
+            await member.client.close()
+
+
+def warn(text: str) -> None:
+    """One line for the person who watches the run."""
+    note(f"warning: {text}")
+
+
+def note(text: str) -> None:
+    """The same, of good news."""
+    print(text, file=sys.stderr, flush=True)
