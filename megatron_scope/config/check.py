@@ -277,7 +277,11 @@ def _check_objective(config: Config) -> None:
 
 def _check_served_teacher(config: Config) -> None:
     objective, teacher = config.objective, config.teacher
-    _check_urls("teacher.server", teacher.server or ())
+    servers = teacher.server or ()
+    _check_urls(
+        [("teacher.server", url) for url in servers],
+        twice="teacher.server names a server twice; list each one once",
+    )
     if objective.divergence != Divergence.SAMPLED:
         raise ConfigError(
             f"objective.divergence is {objective.divergence} with teacher.server: an exact divergence needs "
@@ -294,10 +298,11 @@ def _check_served_teacher(config: Config) -> None:
             "teacher.server and teacher.megatron are both set: a served teacher needs no checkpoint; remove "
             "one of the two"
         )
-    shared = set(teacher.server or ()) & set(config.rollout.servers)
+    students = {url.rstrip("/") for url in config.rollout.servers}
+    shared = [url for url in servers if url.rstrip("/") in students]
     if shared and config.rollout.engine == Engine.SGLANG:
         raise ConfigError(
-            f"{min(shared)} is in both teacher.server and rollout.servers: the student's weights are loaded "
+            f"{shared[0]} is in both teacher.server and rollout.servers: the student's weights are loaded "
             "into the latter; serve the teacher on servers of its own"
         )
 
@@ -354,22 +359,23 @@ def _check_engine(config: Config) -> None:
             f"rollout.servers_file is {rollout.servers_file} and rollout.servers is set too: the servers are "
             "those of one of them; set rollout.servers=[] or rollout.servers_file=null"
         )
-    _check_urls("rollout.servers", rollout.servers)
+    urls = [("rollout.servers", url) for url in rollout.servers]
     if rollout.router is not None:
-        _check_urls("rollout.router", (rollout.router,))
-        if rollout.router.rstrip("/") in {url.rstrip("/") for url in rollout.servers}:
-            raise ConfigError(
-                f"rollout.router is {rollout.router}, which is in rollout.servers too; list it as "
-                "rollout.router only"
-            )
+        urls.append(("rollout.router", rollout.router))
+    _check_urls(
+        urls,
+        twice="rollout.servers and rollout.router name a server twice; list each one once, and "
+        "the router only as rollout.router",
+    )
 
 
-def _check_urls(key: str, urls: Sequence[str]) -> None:
-    for url in urls:
+def _check_urls(urls: Sequence[tuple[str, str]], *, twice: str) -> None:
+    """`urls` with the keys that they stand under; `twice` is said where two are the same."""
+    for key, url in urls:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"{key} has {url!r}: it must be a URL, as in http://HOST:30000")
-    if len({url.rstrip("/") for url in urls}) != len(urls):
-        raise ConfigError(f"{key} names a server twice; list each one once")
+    if len({url.rstrip("/") for _, url in urls}) != len(urls):
+        raise ConfigError(twice)
 
 
 def _needed(config: Config, key: str, why: str) -> None:

@@ -231,7 +231,7 @@ def test_what_is_not_built_yet_is_refused(override, said):
         ),
         (
             ["rollout.servers=[http://a, http://a]"],
-            "rollout.servers names a server twice; list each one once",
+            "rollout.servers and rollout.router name a server twice; list each one once",
         ),
         (["rollout.engine=replay"], "rollout.file is not set: rollout.engine=replay reads it"),
         (
