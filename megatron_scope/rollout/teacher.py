@@ -52,6 +52,7 @@ class TeacherServer:
     def __init__(self, url: str, *, api_key: str | None, options: TeacherOptions) -> None:
         self.url = url.rstrip("/")
         self.weight_version: str | None = None  # that its answers must carry; None takes any
+        self.last_id: int | None = None  # the greatest that is sent to it
         self._api_key, self._options = api_key, options
         self._session: aiohttp.ClientSession | None = None
 
@@ -116,7 +117,13 @@ class TeacherServer:
         body = await self._request(
             "POST", "/generate", scoring_body(requests), self._options.request_timeout_s, requests
         )
-        return parse_scores(body, requests, server=self.url, weight_version=self.weight_version)
+        return parse_scores(
+            body,
+            requests,
+            server=self.url,
+            weight_version=self.weight_version,
+            last_id=self.last_id,
+        )
 
     # ---- one HTTP exchange
 

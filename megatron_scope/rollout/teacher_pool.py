@@ -79,11 +79,14 @@ class TeacherPool:
         return facts
 
     async def compare(self, facts: Sequence[ServerFacts], vocab_size: int) -> None:
-        """Scores a fixed sequence of ids below `vocab_size`, the canary, on every server; ConfigError where
-        two do not agree on it. `facts` are those of `connect`.
+        """Scores a fixed sequence, the canary, on every server; ConfigError where two do not agree on it.
+
+        `facts` are those of `connect`; no id that is sent is `vocab_size` or more.
         """
         longest = min([CANARY_TOKENS, *(told.max_input_tokens or CANARY_TOKENS for told in facts)])
         self._canary = canary(vocab_size, longest)
+        for server in self.servers:
+            server.last_id = vocab_size - 1
         try:
             scores = await asyncio.gather(*(self._score_canary(server) for server in self.servers))
         except NoAnswer as error:

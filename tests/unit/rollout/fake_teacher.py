@@ -44,10 +44,16 @@ def expected(scored: ScoringRequest, shift: float = 0.0) -> list[float]:
     return [logprob(before, token, shift) for before, token in itertools.pairwise(ids)]
 
 
+def told(token: int) -> int:
+    """SGLang takes the last id of its table for one that stands for an image."""
+    return token if token < VOCAB_SIZE - 1 else 0
+
+
 def answer(ids: list[int], start: int, *, shift: float = 0.0, version: str = "default") -> dict[str, Any]:
     """What SGLang 0.5.23 answers to a prompt of which no new token is asked."""
-    entries = [[None, ids[start], None]] + [
-        [logprob(ids[place - 1], ids[place], shift), ids[place], None] for place in range(start + 1, len(ids))
+    entries = [[None, told(ids[start]), None]] + [
+        [logprob(ids[place - 1], ids[place], shift), told(ids[place]), None]
+        for place in range(start + 1, len(ids))
     ]
     meta = {
         "finish_reason": {"type": "length", "length": 0},

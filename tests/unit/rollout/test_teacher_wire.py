@@ -12,7 +12,7 @@ import pytest
 
 from megatron_scope.errors import ScoringError
 from megatron_scope.rollout.teacher_wire import NoAnswer, parse_scores, scoring_body
-from tests.unit.rollout.fake_teacher import answer, expected, request
+from tests.unit.rollout.fake_teacher import VOCAB_SIZE, answer, expected, request
 
 TWO = [request(0), request(1, prompt=[6], targets=[7])]
 
@@ -22,7 +22,7 @@ def answers() -> list[dict[str, Any]]:
 
 
 def parse(body: Any, version: str | None = "default") -> list[np.ndarray]:
-    return parse_scores(body, TWO, server="http://t:1", weight_version=version)
+    return parse_scores(body, TWO, server="http://t:1", weight_version=version, last_id=VOCAB_SIZE - 1)
 
 
 def test_a_batch_asks_for_the_logprobs_from_each_prompts_last_token_on() -> None:
@@ -86,6 +86,22 @@ def test_an_answer_that_does_not_hold_together_is_an_error_that_names_server_and
     with pytest.raises(ScoringError) as raised:
         parse(body)
     assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("last_id", "fits"), [(VOCAB_SIZE - 1, True), (VOCAB_SIZE, False), (None, False)])
+def test_the_last_id_of_the_table_may_be_told_as_0(last_id: int | None, fits: bool) -> None:
+    one = request(prompt=[1, VOCAB_SIZE - 1], targets=[4, VOCAB_SIZE - 1, 0])
+    body = [answer([1, VOCAB_SIZE - 1, 4, VOCAB_SIZE - 1, 0], 1)]
+    assert [entry[1] for entry in body[0]["meta_info"]["input_token_logprobs"]] == [0, 4, 0, 0]
+
+    def parse() -> list[np.ndarray]:
+        return parse_scores(body, [one], server="http://t:1", weight_version=None, last_id=last_id)
+
+    if fits:
+        assert parse()[0].tolist() == expected(one)
+        return
+    with pytest.raises(ScoringError, match="entry 0 of its log-probs is of token 0; expected 49"):
+        parse()
 
 
 def test_an_aborted_request_has_no_answer_yet() -> None:
