@@ -29,7 +29,7 @@ class SyncError(ScopeError):
 
 
 class ScoringError(ScopeError):
-    """A log-probability that the loss needs is missing or not finite."""
+    """A log-probability that the loss needs is missing or not finite, or the teacher gives none."""
 
     on_every_rank = True
 

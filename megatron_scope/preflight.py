@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from megatron_scope.config.needs import draws_responses, needs_teacher
+from megatron_scope.config.needs import draws_responses, holds_teacher, teacher_is_served
 from megatron_scope.config.schema import Config, DataConfig, Engine, ModelConfig
+from megatron_scope.convert.hf_folder import read_json
 from megatron_scope.convert.shape import check_layout, check_trainable, padded_vocab_size, spread_layers
 from megatron_scope.convert.sources import open_model
 from megatron_scope.data.tokenizer import (
@@ -29,18 +30,32 @@ class Vocabulary:
 
 
 def vocabulary(config: Config) -> Vocabulary:
-    """V = the smaller table of student and teacher; both are padded from the larger one."""
+    """V = the smaller table of student and teacher; both are padded from the larger one.
+
+    A served teacher's table is known from the config.json of teacher.hf; without that V is the student's.
+    """
     rows = [open_model(model).shape.vocab_rows for model in _models(config)]
-    return Vocabulary(min(rows), padded_vocab_size(max(rows), config.parallel.tensor))
+    size = min(rows + _of_served_teacher(config, "vocab_size"))
+    return Vocabulary(size, padded_vocab_size(max(rows), config.parallel.tensor))
 
 
 def max_positions(config: Config) -> int:
     """The longest sequence, in tokens, that every model of the run has positions for."""
-    return min(open_model(model).shape.max_positions for model in _models(config))
+    positions = [open_model(model).shape.max_positions for model in _models(config)]
+    return min(positions + _of_served_teacher(config, "max_position_embeddings"))
 
 
 def _models(config: Config) -> list[ModelConfig]:
-    return [config.student, config.teacher] if needs_teacher(config) else [config.student]
+    """Those that the ranks hold."""
+    return [config.student, config.teacher] if holds_teacher(config) else [config.student]
+
+
+def _of_served_teacher(config: Config, key: str) -> list[int]:
+    """A number in the config.json of a served teacher, if it is there; the ranks need not know its family."""
+    if not teacher_is_served(config) or config.teacher.hf is None:
+        return []
+    value = read_json(Path(config.teacher.hf).expanduser() / "config.json").get(key)
+    return [value] if isinstance(value, int) else []
 
 
 def check_files(config: Config) -> None:
@@ -49,8 +64,9 @@ def check_files(config: Config) -> None:
     folder, teacher_folder = config.student.companions, config.teacher.companions
     tokenizer = load_tokenizer(folder)
     size = vocabulary(config).size
-    if needs_teacher(config):
+    if holds_teacher(config):
         _check_model(config, config.teacher)
+    if _teacher_has_files(config):
         check_same_tokens(tokenizer, load_tokenizer(teacher_folder), folder, teacher_folder)
     if len(tokenizer) > size:
         raise ConfigError(
@@ -83,7 +99,7 @@ def check_files(config: Config) -> None:
 
 def warnings_of(config: Config) -> list[str]:
     """What will run but probably not as meant, one line each; call it after `check_files`."""
-    if not needs_teacher(config) or config.teacher.stop_token_id is not None:
+    if not _teacher_has_files(config) or config.teacher.stop_token_id is not None:
         return []
     folders = config.student.companions, config.teacher.companions
     student, teacher = (load_tokenizer(folder) for folder in folders)
@@ -98,6 +114,11 @@ def warnings_of(config: Config) -> list[str]:
         f"{teacher.convert_ids_to_tokens(theirs[0])!r}: it would teach the student not to stop. Set "
         f"teacher.stop_token_id={theirs[0]}, and watch stop_log_ratio in metrics.jsonl"
     ]
+
+
+def _teacher_has_files(config: Config) -> bool:
+    """A served teacher may come without; then its tokenizer is checked on its servers."""
+    return holds_teacher(config) or (teacher_is_served(config) and config.teacher.hf is not None)
 
 
 def _check_outside_run(config: Config, inputs: dict[str, str | None]) -> None:

@@ -61,10 +61,13 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class JudgedRollout:
-    """A rollout with its verdict."""
+    """A rollout with its verdict, and what a served teacher says of its output ids (float32 [R], nats; None
+    where it was not asked).
+    """
 
     rollout: Rollout
     verdict: Verdict
+    teacher_logprobs: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +77,8 @@ class Response:
     `index` is its number: its place among the step's rollouts while they arrive, and in the canonical order
     of the usable ones once all are there. `prompt_ids` [P] and `output_ids` [R] are int64; `engine_logprobs`
     [R] is float32 and NaN where no engine reported one. `stopped` tells that its last token is a stop token,
-    not the length limit's.
+    not the length limit's. `teacher_logprobs` [R] is float32, what a served teacher says; None where it was
+    not asked.
     """
 
     index: int
@@ -83,6 +87,7 @@ class Response:
     prompt_ids: np.ndarray
     output_ids: np.ndarray
     engine_logprobs: np.ndarray
+    teacher_logprobs: np.ndarray | None = None
 
     @property
     def num_input_tokens(self) -> int:

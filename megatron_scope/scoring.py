@@ -42,7 +42,10 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """The models of a run that score responses, on one rank; `pack` makes micro-batches."""
+    """The models of a run that score responses, on one rank; `pack` makes micro-batches.
+
+    `teacher` is None where there is none, or where it is served: then its scores come with the responses.
+    """
 
     config: Config
     ranks: Ranks
@@ -110,6 +113,7 @@ class StepScoring:
             scores = scorer.token_logprobs(stage, chosen[name], self._temperatures[name], states)
             for found, at_temperature in zip(self._found[name], scores, strict=True):
                 found.update(at_temperature.by_response)
+        self._found["teacher"][0].update(served_logprobs(chosen["teacher"]))
 
     def finish(self, batch: LocalBatch) -> Scores:
         """The scores of the complete step under its canonical indices.
@@ -195,6 +199,15 @@ class StepScoring:
     def _limit_bytes(self) -> int:
         """Of a replica's last stage: its tensor ranks share the hidden states."""
         return int(self._scorer.config.teacher.hidden_states_gb * 1e9) * self._scorer.ranks.tensor_size
+
+
+def served_logprobs(responses: Sequence[Response]) -> dict[int, np.ndarray]:
+    """What a served teacher has said of responses, by index; those of which it has not are left out."""
+    return {
+        response.index: response.teacher_logprobs
+        for response in responses
+        if response.teacher_logprobs is not None
+    }
 
 
 _WHO = {"student": "student", "teacher": "teacher", "reference": "initial student"}  # in messages

@@ -36,8 +36,8 @@ from megatron_scope.config import Config, write_config
 from megatron_scope.config.needs import (
     corrects_engine,
     draws_responses,
+    holds_teacher,
     needs_reference,
-    needs_teacher,
     overlaps_scoring,
     probes_servers,
 )
@@ -85,7 +85,7 @@ class Trainer:
             self.objective,
             self.pack,
             self.student.stage,
-            teacher=self._build(config.teacher, trainable=False) if needs_teacher(config) else None,
+            teacher=self._build(config.teacher, trainable=False) if holds_teacher(config) else None,
             reference=self._build(config.student, trainable=False) if needs_reference(config) else None,
         )
         token_loss, cap = self.objective.token_loss, config.rollout.correction_cap
@@ -304,6 +304,7 @@ class Trainer:
         limits = SequenceLimits(self.vocabulary.size, max_positions(self.config))
         self.controller = ControllerProcess(self.config, limits, str(self.folder.path))
         stack.callback(self.controller.close)
+        self.controller.call("start")
 
     def _checkpoint_is_due(self, step: int) -> bool:
         every = self.config.checkpoint.every

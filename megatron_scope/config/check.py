@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from megatron_scope.config.needs import corrects_engine, draws_responses, needs_teacher
+from megatron_scope.config.needs import corrects_engine, draws_responses, needs_teacher, teacher_is_served
 from megatron_scope.config.schema import (
     Config,
     Divergence,
@@ -22,22 +21,6 @@ from megatron_scope.errors import ConfigError
 Command = Literal["train", "evaluate", "launch"]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Unbuilt:
-    """A value of the schema that this version refuses: when it is asked for, and what to use meanwhile."""
-
-    key: str
-    asked: Callable[[Any], bool]
-    use: str
-
-
-def _is_set(value: Any) -> bool:
-    return value is not None
-
-
-# Delete an entry when its feature is built and tested.
-_UNBUILT = (_Unbuilt("teacher.server", _is_set, "teacher.hf"),)
-
 _POSITIVE_COUNTS = (
     "run.steps",
     "parallel.tensor",
@@ -49,6 +32,8 @@ _POSITIVE_COUNTS = (
     "rollout.samples_per_prompt",
     "rollout.max_new_tokens",
     "rollout.max_concurrent_requests",
+    "teacher.request_tokens",
+    "teacher.max_concurrent_requests",
     "verify.workers",
     "train.micro_batch_tokens",
     "train.updates_per_batch",
@@ -73,11 +58,14 @@ _POSITIVE = (
     "optimizer.lr",
     "optimizer.eps",
     "teacher.hidden_states_gb",
+    "teacher.start_timeout_s",
+    "teacher.request_timeout_s",
     "evaluate.temperature",
     "sync.timeout_s",
     "sync.bucket_mb",
 )
 _NOT_NEGATIVE = (
+    "teacher.canary_tolerance",
     "objective.kl_coefficient",
     "optimizer.min_lr",
     "optimizer.weight_decay",
@@ -97,7 +85,6 @@ def check_config(config: Config, *, world_size: int | None = None, command: Comm
     _check_ranges(config)
     if command == "launch":  # a server needs a model and lengths, not a run
         return
-    _check_built(config)
     _check_parallel(config, world_size)
     _check_prompts(config)
     _check_optimizer(config)
@@ -135,14 +122,6 @@ def _check_ranges(config: Config) -> None:
             raise ConfigError(f"data.stop_token_ids has {token_id}: token ids are 0 or more")
     if (config.teacher.stop_token_id or 0) < 0:
         raise ConfigError(f"teacher.stop_token_id is {config.teacher.stop_token_id}: token ids are 0 or more")
-
-
-def _check_built(config: Config) -> None:
-    for entry in _UNBUILT:
-        value = _get(config, entry.key)
-        if entry.asked(value):
-            shown = ", ".join(value) if isinstance(value, tuple) else value
-            raise ConfigError(f"{entry.key} is {shown}: not available in this version; use {entry.use}")
 
 
 def _check_parallel(config: Config, world_size: int | None) -> None:
@@ -229,12 +208,14 @@ def _check_train(config: Config) -> None:
     if not draws_responses(config):
         _needed(config, "data.train", "set data.train to a JSON-lines file of {prompt, response} rows")
         return
-    if needs_teacher(config) and not config.teacher.megatron:
+    if teacher_is_served(config):
+        _check_served_teacher(config)
+    elif needs_teacher(config) and not config.teacher.megatron:
         _needed(
             config,
             "teacher.hf",
-            "the teacher scores incorrect responses; set teacher.hf to a Hugging Face model folder, or "
-            "teacher.megatron to a checkpoint",
+            "the teacher scores incorrect responses; set teacher.hf to a Hugging Face model folder, "
+            "teacher.megatron to a checkpoint, or teacher.server to the URLs of SGLang servers",
         )
     _check_engine(config)
     if config.rollout.engine == Engine.REPLAY:
@@ -302,6 +283,38 @@ def _check_parity(config: Config) -> None:
         )
 
 
+def _check_served_teacher(config: Config) -> None:
+    objective, teacher = config.objective, config.teacher
+    servers = teacher.server or ()
+    _check_urls(
+        [("teacher.server", url) for url in servers],
+        twice="teacher.server names a server twice; list each one once",
+    )
+    if objective.divergence != Divergence.SAMPLED:
+        raise ConfigError(
+            f"objective.divergence is {objective.divergence} with teacher.server: an exact divergence needs "
+            "the teacher's hidden states, which a server does not give; set objective.divergence=sampled, "
+            "or give the teacher as teacher.hf or teacher.megatron instead"
+        )
+    if objective.teacher_temperature != 1.0:
+        raise ConfigError(
+            f"objective.teacher_temperature is {objective.teacher_temperature} with teacher.server: a server "
+            "scores at temperature 1; set objective.teacher_temperature=1"
+        )
+    if teacher.megatron is not None:
+        raise ConfigError(
+            "teacher.server and teacher.megatron are both set: a served teacher needs no checkpoint; remove "
+            "one of the two"
+        )
+    students = {url.rstrip("/") for url in config.rollout.servers}
+    shared = [url for url in servers if url.rstrip("/") in students]
+    if shared and config.rollout.engine == Engine.SGLANG:
+        raise ConfigError(
+            f"{shared[0]} is in both teacher.server and rollout.servers: the student's weights are loaded "
+            "into the latter; serve the teacher on servers of its own"
+        )
+
+
 def _check_group(config: Config) -> None:
     """What a step must hold for its weights and its updates."""
     rollout, updates = config.rollout, config.train.updates_per_batch
@@ -357,14 +370,20 @@ def _check_engine(config: Config) -> None:
     urls = [("rollout.servers", url) for url in rollout.servers]
     if rollout.router is not None:
         urls.append(("rollout.router", rollout.router))
+    _check_urls(
+        urls,
+        twice="rollout.servers and rollout.router name a server twice; list each one once, and "
+        "the router only as rollout.router",
+    )
+
+
+def _check_urls(urls: Sequence[tuple[str, str]], *, twice: str) -> None:
+    """`urls` with the keys that they stand under; `twice` is said where two are the same."""
     for key, url in urls:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"{key} has {url!r}: it must be a URL, as in http://HOST:30000")
     if len({url.rstrip("/") for _, url in urls}) != len(urls):
-        raise ConfigError(
-            "rollout.servers and rollout.router name a server twice; list each one once, and the router only "
-            "as rollout.router"
-        )
+        raise ConfigError(twice)
 
 
 def _needed(config: Config, key: str, why: str) -> None:

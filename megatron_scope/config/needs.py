@@ -15,6 +15,21 @@ def needs_teacher(config: Config) -> bool:
     return config.objective.name in (ObjectiveName.SCOPE, ObjectiveName.OPD)
 
 
+def teacher_is_served(config: Config) -> bool:
+    """Whether the teacher's log-probs come from servers rather than from a model on the ranks."""
+    return needs_teacher(config) and bool(config.teacher.server)
+
+
+def holds_teacher(config: Config) -> bool:
+    """Whether the ranks hold the teacher's model."""
+    return needs_teacher(config) and not teacher_is_served(config)
+
+
+def teacher_reads(config: Config, *, correct: bool) -> bool:
+    """Whether the teacher must score a response with this verdict; `Objective.teacher_scored` of one."""
+    return {ObjectiveName.SCOPE: not correct, ObjectiveName.OPD: True}.get(config.objective.name, False)
+
+
 def needs_reference(config: Config) -> bool:
     """Whether the student as it was before training is kept as a third model."""
     return config.objective.name is ObjectiveName.GRPO and config.objective.kl_coefficient > 0

@@ -116,7 +116,17 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig(ModelConfig):
+    # URLs of SGLang servers, all of one model, that score in the place of a model on the ranks; `hf` beside
+    # them gives config and tokenizer only
     server: tuple[str, ...] | None = None
+    api_key_env: str | None = None  # environment variable that holds the servers' API key
+    start_timeout_s: float = 900.0  # how long a server may take to become healthy
+    request_timeout_s: float = 600.0
+    request_tokens: int = 16384  # of the responses that share a request; one longer response goes alone
+    max_concurrent_requests: int = 8  # per server
+    # Mean difference of two servers' log-probs of one fixed sequence, nats per token. Logits in bfloat16 lie
+    # 0.06 to 0.13 apart, which averages out to about 0.03; two models differ by more than 0.5.
+    canary_tolerance: float = 0.05
     # The teacher's own end token where it differs from the student's (a base student under a chat teacher): a
     # response's stop token is scored as this one. null scores the token that the student wrote.
     stop_token_id: int | None = None

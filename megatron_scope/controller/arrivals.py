@@ -12,6 +12,7 @@ from megatron_scope.records import JudgedRollout
 
 Placed = tuple[int, JudgedRollout]  # with its place in the step's canonical order
 Arrive = Callable[[int, JudgedRollout], None]
+Produce = Callable[[Arrive], Coroutine[Any, Any, None]]
 
 
 class Arrivals:
@@ -19,7 +20,7 @@ class Arrivals:
     event loop. An error of it is raised by `take`.
     """
 
-    def __init__(self, produce: Callable[[Arrive], Coroutine[Any, Any, None]]) -> None:
+    def __init__(self, produce: Produce) -> None:
         self.last_arrival_s = time.monotonic()
         self._items: dict[int, JudgedRollout] = {}
         self._fresh: list[Placed] = []

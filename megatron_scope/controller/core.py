@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_scope.config.needs import needs_engine_logprobs
+from megatron_scope.config.needs import needs_engine_logprobs, teacher_is_served
 from megatron_scope.config.schema import Config, Truncated
 from megatron_scope.controller.arrivals import Arrivals
 from megatron_scope.controller.rows import ResponseRecord, write_step
 from megatron_scope.controller.service import RolloutService
 from megatron_scope.controller.sources import SampledRollouts, Source, open_source
+from megatron_scope.controller.teacher import ServedTeacher
 from megatron_scope.data.batching import response_table
 from megatron_scope.errors import DataError, RolloutError
 from megatron_scope.records import (
@@ -37,20 +38,31 @@ from megatron_scope.records import (
 
 
 class Controller:
-    """Holds a source and the rollouts of the current step."""
+    """Holds a source, the rollouts of the current step, and the teacher where it is served."""
 
     def __init__(self, config: Config, limits: SequenceLimits, run_folder: str) -> None:
         self._config = config
         self._limits = limits
         self._folder = Path(run_folder)
         self._source: Source = open_source(config, limits.vocab_size, self._folder / "logs")
+        self._teacher = ServedTeacher(config, limits) if teacher_is_served(config) else None
         self._arrivals: Arrivals | None = None
 
+    async def start(self) -> None:
+        """Checks what must be right before the first step."""
+        if self._teacher is not None:
+            await self._teacher.start()
+
     async def begin_step(self, step: int, version: int) -> None:
-        """Begins to sample (or read) and judge the responses of a step; they go on arriving between calls."""
+        """Begins to sample (or read) and judge the responses of a step, and to have a served teacher score
+        them; they go on arriving between calls.
+        """
         if self._arrivals is not None:
             await self._arrivals.stop()
-        self._arrivals = Arrivals(functools.partial(self._source.produce, step, version))
+        produce = functools.partial(self._source.produce, step, version)
+        if self._teacher is not None:
+            produce = functools.partial(self._teacher.score_arriving, produce, self._is_usable)
+        self._arrivals = Arrivals(produce)
 
     async def next_part(self, least_tokens: int | None) -> StepPart:
         """The usable responses that have arrived since the last call, once they have `least_tokens` response
@@ -59,9 +71,8 @@ class Controller:
         RolloutError when one is longer or has another id than the models can take, DataError when one has no
         log-probs of its engine though they are needed.
         """
-        truncated = self._config.rollout.truncated
         arrived, is_last = await self._current.take(least_tokens)
-        usable = [(place, item) for place, item in arrived if is_usable(item, truncated)]
+        usable = [(place, item) for place, item in arrived if self._is_usable(item)]
         if needs_engine_logprobs(self._config):
             for _, item in usable:
                 check_engine_logprobs(item.rollout)
@@ -118,6 +129,11 @@ class Controller:
         if self._arrivals is not None:
             await self._arrivals.stop()
         await self._source.close()
+        if self._teacher is not None:
+            await self._teacher.close()
+
+    def _is_usable(self, item: JudgedRollout) -> bool:
+        return is_usable(item, self._config.rollout.truncated)
 
     @property
     def _service(self) -> RolloutService:
@@ -151,6 +167,7 @@ def make_response(place: int, item: JudgedRollout, limits: SequenceLimits) -> Re
         prompt_ids=_ids(rollout.prompt.token_ids, limits.vocab_size, name),
         output_ids=_ids(rollout.output_ids, limits.vocab_size, name),
         engine_logprobs=np.array(rollout.engine_logprobs, dtype=np.float32),
+        teacher_logprobs=item.teacher_logprobs,
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_scope.config import parse_config
+from megatron_scope.config.needs import needs_teacher, teacher_reads
 from megatron_scope.config.schema import Aggregation, ObjectiveConfig, ObjectiveName
 from megatron_scope.objective import build_objective
 from megatron_scope.objective.diagnostics import mean_perplexity, one_sided_share, path_spread
@@ -263,6 +264,16 @@ def test_given_responses_count_token_by_token_and_need_no_score(name):
 
 
 # ---- diagnostics
+
+
+@pytest.mark.parametrize("name", list(ObjectiveName))
+def test_a_served_teacher_is_asked_for_the_responses_that_the_objective_scores(name):
+    """The controller decides response by response what the objective decides over the step's table."""
+    config = parse_config({"objective": {"name": name}}, "test")
+    correct = np.array([True, False])
+    expected = build_objective(config.objective).teacher_scored(correct)
+    assert [teacher_reads(config, correct=bool(verdict)) for verdict in correct] == expected.tolist()
+    assert expected.any() == needs_teacher(config)
 
 
 def test_path_spread_averages_over_the_sets_of_a_path():

@@ -1,0 +1,13 @@
+"""Rows of metrics.jsonl, to be compared."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+TIMED = ("seconds", "tokens_per_second", "scoring_hidden_share")
+
+
+def numbers(row: dict[str, Any]) -> dict[str, float]:
+    """What does not depend on the clock; NaN for what a step has not (pytest.approx takes no None)."""
+    return {key: math.nan if value is None else value for key, value in row.items() if key not in TIMED}
