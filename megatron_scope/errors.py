@@ -28,6 +28,12 @@ class SyncError(ScopeError):
     """New weights did not reach a rollout server, or the server reports another version."""
 
 
+class StorageError(ScopeError):
+    """A rank could not write what it had to: a full disk, a folder without permission."""
+
+    on_every_rank = True
+
+
 class ScoringError(ScopeError):
     """A log-probability that the loss needs is missing or not finite, or the teacher gives none."""
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from megatron_scope.backend.setup import Ranks
-from megatron_scope.errors import ScopeError
+from megatron_scope.errors import ScopeError, StorageError
 
 Result = TypeVar("Result")
 
@@ -41,6 +41,13 @@ def on_rank_zero(ranks: Ranks, work: Callable[[], Result]) -> Result:
         error.exit_code = result[1]
         raise error
     return result[0]
+
+
+def written_by_all(ranks: Ranks, failure: OSError | None) -> None:
+    """Raises StorageError, on every rank, when any has a `failure` to write; a collective."""
+    failures = [said for said in gather_everywhere(ranks, failure and str(failure)) if said]
+    if failures:
+        raise StorageError(failures[0]) from failure
 
 
 def scatter_to_replicas(ranks: Ranks, parts: list[Any] | None) -> Any:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_scope.backend.distribute import on_rank_zero, written_by_all
 from megatron_scope.backend.model import StageModel
 from megatron_scope.backend.optimizer import Trainable
 from megatron_scope.backend.setup import Ranks
@@ -19,6 +20,7 @@ from megatron_scope.convert.files import sync_to_disk
 from megatron_scope.convert.hf_writer import MAX_SHARD_BYTES, finish_folder
 from megatron_scope.convert.mapping import Peers, export_stage, exported_tensors
 from megatron_scope.convert.safetensors_writer import SafetensorsWriter, TensorPlan, plan_shards
+from megatron_scope.errors import ScopeError
 
 
 def save_hf_folder(stage: StageModel, ranks: Ranks, out: Path) -> None:
@@ -26,26 +28,50 @@ def save_hf_folder(stage: StageModel, ranks: Ranks, out: Path) -> None:
     from.
 
     The first rank of each pipeline stage writes the stage's shards. The folder appears whole or not at all;
-    an older one of the same name is replaced.
+    an older one of the same name is replaced. Where it cannot be written every rank raises: StorageError, or
+    on rank 0 its OSError.
     """
     partial = out.with_name(f".{out.name}.partial")
-    if ranks.rank == 0:
+
+    def make_room() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    dist.barrier(group=ranks.world_group)
-    files = _plan_files(stage, ranks)
-    with SafetensorsWriter(partial, files) as writer:
-        for name, tensor in stage_tensors(stage, ranks, stage.module.get_parameter):
-            writer.write(name, 0, tensor.cpu().contiguous())
-    if ranks.replica == 0:
-        planned = gather_on_first(ranks, files)
+
+    def finish() -> None:
+        everything = {name: plans for files in planned for name, plans in files.items()}
+        finish_folder(partial, stage.source.companions, everything)
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+        sync_to_disk(out.parent)
+
+    try:
+        on_rank_zero(ranks, make_room)
+        files = _plan_files(stage, ranks)
+        tensors = stage_tensors(stage, ranks, stage.module.get_parameter)
+        written_by_all(ranks, _write(partial, files, tensors))
+        planned = gather_on_first(ranks, files) if ranks.replica == 0 else []
+        on_rank_zero(ranks, finish)
+    except (ScopeError, OSError):
         if ranks.rank == 0:
-            everything = {name: plans for files in planned for name, plans in files.items()}
-            finish_folder(partial, stage.source.companions, everything)
-            shutil.rmtree(out, ignore_errors=True)
-            partial.rename(out)
-            sync_to_disk(out.parent)
-    dist.barrier(group=ranks.world_group)
+            shutil.rmtree(partial, ignore_errors=True)  # what was written may have filled the disk
+        raise
+
+
+def _write(
+    folder: Path, files: dict[str, list[TensorPlan]], tensors: Iterator[tuple[str, Tensor]]
+) -> OSError | None:
+    """Writes the tensors, and returns what stopped it; they are made by a collective, which is run to its end
+    all the same.
+    """
+    failure: OSError | None = None
+    with SafetensorsWriter(folder, files) as writer:
+        for name, tensor in tensors:
+            if failure is None:
+                try:
+                    writer.write(name, 0, tensor.cpu().contiguous())
+                except OSError as error:
+                    failure = error
+    return failure
 
 
 def _plan_files(stage: StageModel, ranks: Ranks) -> dict[str, list[TensorPlan]]:

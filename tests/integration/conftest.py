@@ -97,6 +97,23 @@ def config(models: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts a disk of some mebibytes."""
+    folder = tmp_path / "disk"
+
+    def mount(size: int) -> Path:
+        folder.mkdir()
+        words = ["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", str(folder)]
+        if os.geteuid() != 0 or subprocess.run(words, capture_output=True).returncode != 0:
+            pytest.skip("mounting a small disk needs root")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
 def write(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
     def to_file(config: dict[str, Any]) -> str:
         path = tmp_path / "config.yaml"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import signal
 import subprocess
@@ -275,23 +274,6 @@ def test_after_a_kill_there_is_no_folder_and_the_next_run_makes_it(
         words = ("--hf", str(sources["to-megatron"]), "--megatron", str(out), "--logits", "never")
         checked = run("convert", "check", *words)
         assert checked.returncode == 0, checked.stderr
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mounts a disk of some mebibytes."""
-    folder = tmp_path / "disk"
-
-    def mount(size: int) -> Path:
-        folder.mkdir()
-        words = ["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", str(folder)]
-        if os.geteuid() != 0 or subprocess.run(words, capture_output=True).returncode != 0:
-            pytest.skip("mounting a small disk needs root")
-        return folder
-
-    yield mount
-    if folder.is_mount():
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

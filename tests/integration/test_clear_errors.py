@@ -1,0 +1,105 @@
+"""What can be wrong with rollout servers and the disk between them and the trainer: one clear line each, and
+nothing is lost.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_scope.rollout.embedded.options import ServeOptions
+from megatron_scope.rollout.process import EmbeddedServer
+from tests.helpers.models import save_qwen2
+from tests.helpers.proxy import Proxy
+from tests.helpers.settings import changed
+from tests.integration.conftest import metrics
+
+KEY = "SCOPE_TEST_KEY"
+
+
+def one_line(result) -> str:
+    """The only line on stderr of a command that failed."""
+    assert result.returncode == 1, result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("megatron-scope: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [(), ("--nproc", "2", "parallel.pipeline=2")],
+    ids=["one-rank", "pp2"],
+)
+def test_a_disk_that_is_full_when_weights_are_written_loses_nothing(
+    run, write, config, tmp_path, small_disk: Callable[[int], Path], words
+):
+    config = changed(config, run={"steps": 3}, checkpoint={"every": 1})
+    path = write(config)
+    assert run("train", path, *words, f"run.output_dir={tmp_path / 'whole'}").returncode == 0
+    disk = small_disk(32)
+    folder = disk / "run"
+    assert run("train", path, *words, f"run.output_dir={folder}", "run.steps=1").returncode == 0
+    fill(disk, leave=size_of(folder / "hf") // 2)
+    said = one_line(run("train", path, *words, f"run.output_dir={folder}"))
+    assert f"No space left on device: '{folder / 'weights'}/.v00000001.partial/" in said
+    assert list((folder / "weights").glob(".*")) == []
+    (disk / "ballast").unlink()
+    resumed = run("train", path, *words, f"run.output_dir={folder}")
+    assert resumed.returncode == 0, resumed.stderr
+    assert metrics(folder) == metrics(tmp_path / "whole")
+
+
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*"))
+
+
+def fill(disk: Path, *, leave: int) -> None:
+    free = shutil.disk_usage(disk).free
+    assert free > leave
+    with open(disk / "ballast", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, free - leave)
+
+
+def test_a_wrong_key_is_one_line_that_does_not_tell_it(run, write, config, models, tmp_path, monkeypatch):
+    monkeypatch.setenv(KEY, "the-right-one")
+    options = ServeOptions(model=str(models["student"]), api_key_env=KEY)
+    with EmbeddedServer(options, log_path=tmp_path / "log") as server:
+        rollout = {"engine": "sglang", "servers": [server.url], "api_key_env": KEY}
+        path = write(changed(config, run={"steps": 1}, rollout=rollout))
+        monkeypatch.setenv(KEY, "a-wrong-one")
+        said = one_line(run("train", path))
+        assert f"{server.url}/" in said and "the API key is missing or wrong" in said
+        assert "rollout.api_key_env" in said and "-one" not in said
+        monkeypatch.setenv(KEY, "the-right-one")
+        assert run("train", path).returncode == 0
+
+
+def test_another_model_behind_the_address_is_one_line(run, write, config, tmp_path):
+    other = save_qwen2(tmp_path / "other", hidden_size=48)
+    with EmbeddedServer(ServeOptions(model=str(other)), log_path=tmp_path / "log") as server:
+        rollout = {"engine": "sglang", "servers": [server.url]}
+        said = one_line(run("train", write(changed(config, rollout=rollout))))
+        assert server.url in said and "hidden_size" in said
+
+
+def test_another_version_of_sglang_is_one_line_unless_it_is_allowed(run, write, config, models, tmp_path):
+    def rename(path: str, answer: bytes) -> bytes:
+        if path != "/server_info":
+            return answer
+        return json.dumps({**json.loads(answer), "version": "0.4.9"}).encode()
+
+    options = ServeOptions(model=str(models["student"]))
+    with (
+        EmbeddedServer(options, log_path=tmp_path / "log") as server,
+        Proxy(server.url, change=rename) as old,
+    ):
+        path = write(changed(config, run={"steps": 1}, rollout={"engine": "sglang", "servers": [old.url]}))
+        said = one_line(run("train", path))
+        assert old.url in said and "0.4.9" in said and "rollout.any_sglang_version" in said
+        allowed = run("train", path, "rollout.any_sglang_version=true")
+        assert allowed.returncode == 0, allowed.stderr
