@@ -45,9 +45,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    """Overrides may stand before and after options, which argparse alone does not allow."""
+    """Overrides may stand before and after options, which argparse alone does not allow; words after `--` are
+    another program's.
+    """
     parser = _parser()
-    options, rest = parser.parse_known_args(argv)
+    end = argv.index("--") if "--" in argv else len(argv)
+    options, rest = parser.parse_known_args(argv[:end])
+    options.extra = argv[end + 1 :]
+    if options.extra and options.run is not _launch:
+        parser.error(f"unrecognized arguments: {' '.join(argv[end:])}")
     if rest:
         if not hasattr(options, "overrides") or any(word.startswith("-") for word in rest):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -73,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_verify(commands)
     _add_serve(commands)
+    _add_launch(commands)
     return parser
 
 
@@ -356,4 +363,34 @@ def _serve(options: argparse.Namespace) -> int:
     from megatron_scope.rollout.embedded.server import serve
 
     serve(options_from(options))
+    return 0
+
+
+# ---- launch
+
+
+def _add_launch(commands: Any) -> None:
+    from megatron_scope.rollout.launch import add_launch_arguments
+
+    parser = _command(
+        commands,
+        "launch",
+        _launch,
+        "print or run the command line of SGLang that serves CONFIG.yaml's models",
+    )
+    _add_config(parser)
+    add_launch_arguments(parser)
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from megatron_scope.config import load_config
+    from megatron_scope.config.check import check_config
+    from megatron_scope.rollout.launch import launch_command, options_from
+
+    config = load_config(options.config, options.overrides)
+    check_config(config, command="launch")
+    command = launch_command(config, options_from(options))
+    if options.start:
+        command.run()
+    print(command.as_shell())
     return 0

@@ -34,6 +34,14 @@ class ScoringError(ScopeError):
     on_every_rank = True
 
 
+class ParityError(ScopeError):
+    """The trainer's log-probs lie further from the rollout engine's than allowed; the optimizer was not
+    touched.
+    """
+
+    on_every_rank = True
+
+
 class TrainingError(ScopeError):
     """The loss or the gradient is not finite; the optimizer was not touched."""
 

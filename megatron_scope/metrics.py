@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_scope.backend.parity import LogprobGap
 from megatron_scope.backend.update import StepUpdate
 from megatron_scope.data.jsonl import without_nan
 from megatron_scope.objective.diagnostics import mean_perplexity, one_sided_share, path_spread
@@ -50,6 +51,7 @@ def step_metrics(
     teacher_mean: np.ndarray,
     counts: RolloutCounts,
     oldest_version: int,
+    parity: LogprobGap,
     sampled_now: bool,
     seconds: dict[str, float],
     scoring_hidden_share: float,
@@ -57,9 +59,10 @@ def step_metrics(
     """A step's row of metrics.jsonl; null stands for a mean over nothing and for what was not measured.
 
     Log-probs and KL in nats, lengths in tokens, times in seconds. `grad_noise_incorrect` is the root of the
-    summed variance of the gradient whose norm is `grad_norm_incorrect`. `scoring_hidden_share` is the share
-    of scoring time that fell before the last response was there. Only times and what follows from them vary
-    by run.
+    summed variance of the gradient whose norm is `grad_norm_incorrect`. The `parity_gap` is that of the gate
+    before the step, over a few tokens of every server; the `logprob_gap` is over the step's own.
+    `scoring_hidden_share` is the share of scoring time that fell before the last response was there. Only
+    times and what follows from them vary by run.
     """
     stats = update.stats
     paths = update.path_gradients
@@ -95,6 +98,11 @@ def step_metrics(
         "logprob_gap_mean": stats.logprob_gap_mean,
         "logprob_gap_max": stats.logprob_gap_max,
         "logprob_gap_kl": stats.logprob_gap_kl,
+        "parity_gap_mean": parity.mean,
+        "parity_gap_max": parity.max,
+        "parity_gap_kl": parity.kl,
+        "correction_clip_rate": stats.correction_clip_rate,
+        "correction_mean": stats.correction_mean,
         **{f"rollouts_{name}": value for name, value in dataclasses.asdict(counts).items()},
         "weight_version": oldest_version,
         "staleness": step - 1 - oldest_version if sampled_now else None,

@@ -139,6 +139,16 @@ class ResponseTable:
 
 
 @dataclasses.dataclass(frozen=True)
+class ServerProbe:
+    """A few responses that one rollout server has drawn, for the trainer to score itself. Indices number the
+    responses of all servers.
+    """
+
+    url: str
+    responses: tuple[Response, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class StepPart:
     """The usable responses that have arrived since the part before, by place; `is_last` ends the step."""
 

@@ -22,7 +22,7 @@ from megatron_scope.backend.scoring import (
 from megatron_scope.backend.setup import Ranks
 from megatron_scope.backend.token_loss import OnDemand, TeacherStates
 from megatron_scope.config import Config
-from megatron_scope.config.needs import needs_old_logprobs
+from megatron_scope.config.needs import corrects_engine, needs_old_logprobs
 from megatron_scope.config.schema import Divergence, Overflow
 from megatron_scope.errors import ScoringError
 from megatron_scope.objective import Objective
@@ -59,16 +59,16 @@ class Scorer:
         self,
         stage: StageModel | None,
         responses: Sequence[Response],
-        temperature: float,
+        temperatures: Sequence[float],
         keep: HiddenStates | None = None,
-    ) -> TokenLogprobs:
-        """A model's log-probs of this replica's `responses`; nothing without a model. `keep` takes its hidden
-        states.
+    ) -> list[TokenLogprobs]:
+        """A model's log-probs of this replica's `responses` at each temperature; nothing without a model.
+        `keep` takes its hidden states.
         """
         if stage is None:
-            return TokenLogprobs({})
+            return [TokenLogprobs({}) for _ in temperatures]
         stop = self.config.teacher.stop_token_id if stage is self.teacher else None
-        return score(stage, self.pack(responses), self.ranks, temperature, stop_token_id=stop, keep=keep)
+        return score(stage, self.pack(responses), self.ranks, temperatures, stop_token_id=stop, keep=keep)
 
 
 class StepScoring:
@@ -84,27 +84,36 @@ class StepScoring:
         self._keeps_old = needs_old_logprobs(scorer.config)
         self._kept = self._room_for_states()
         self._makes_states_anew = False
-        self._found: dict[str, dict[int, np.ndarray]] = {
-            name: {} for name in ("student", "teacher", "reference")
+        settings, student = scorer.config.objective, (scorer.config.objective.student_temperature,)
+        if self._keeps_old and corrects_engine(scorer.config):
+            student = (*student, scorer.config.rollout.temperature)
+        self._temperatures = {
+            "student": student,
+            "teacher": (settings.teacher_temperature,),
+            "reference": (settings.student_temperature,),
+        }
+        # Of each model, by temperature: log-probs by the places of the responses.
+        self._found: dict[str, list[dict[int, np.ndarray]]] = {
+            name: [{} for _ in temperatures] for name, temperatures in self._temperatures.items()
         }
 
     def add(self, responses: Sequence[Response]) -> None:
         """Scores this replica's share of a part of the step."""
-        scorer, settings = self._scorer, self._scorer.config.objective
+        scorer = self._scorer
         masks = self._masks(np.array([response.correct for response in responses], dtype=bool))
         chosen = {name: list(itertools.compress(responses, mask)) for name, mask in masks.items()}
         if self._kept is not None:
             self._makes_states_anew |= self._overflows(chosen["teacher"])
         keep = None if self._makes_states_anew else self._kept
-        student_t, teacher_t = settings.student_temperature, settings.teacher_temperature
-        for name, stage, temperature, states in (
-            ("student", scorer.student, student_t, None),
-            ("teacher", scorer.teacher, teacher_t, keep),
-            ("reference", scorer.reference, student_t, None),
+        for name, stage, states in (
+            ("student", scorer.student, None),
+            ("teacher", scorer.teacher, keep),
+            ("reference", scorer.reference, None),
         ):
-            scores = scorer.token_logprobs(stage, chosen[name], temperature, states)
-            self._found[name].update(scores.by_response)
-        self._found["teacher"].update(served_logprobs(chosen["teacher"]))
+            scores = scorer.token_logprobs(stage, chosen[name], self._temperatures[name], states)
+            for found, at_temperature in zip(self._found[name], scores, strict=True):
+                found.update(at_temperature.by_response)
+        self._found["teacher"][0].update(served_logprobs(chosen["teacher"]))
 
     def finish(self, batch: LocalBatch) -> Scores:
         """The scores of the complete step under its canonical indices.
@@ -113,19 +122,20 @@ class StepScoring:
         """
         masks = self._masks(batch.table.correct)
         tokens, means = {}, {}
-        for name, found in self._found.items():
-            tokens[name] = TokenLogprobs(found).renumbered(batch.index_of)
-            means[name] = mean_logprobs(tokens[name], len(batch.table), self._scorer.ranks)
+        for name, by_temperature in self._found.items():
+            tokens[name] = [TokenLogprobs(found).renumbered(batch.index_of) for found in by_temperature]
+            means[name] = mean_logprobs(tokens[name][0], len(batch.table), self._scorer.ranks)
             _check_finite(_WHO[name], means[name], masks[name], batch.names)
         for_weights = self._scorer.objective.student_scored(batch.table.correct)
         return Scores(
             np.where(for_weights, means["student"], np.nan),
             means["teacher"],
             KnownLogprobs(
-                tokens["teacher"],
-                tokens["reference"],
-                tokens["student"] if self._keeps_old else None,
+                tokens["teacher"][0],
+                tokens["reference"][0],
+                tokens["student"][0] if self._keeps_old else None,
                 self._teacher_states(batch, masks["teacher"]),
+                old_at_rollout=tokens["student"][1] if len(tokens["student"]) > 1 else None,
             ),
         )
 

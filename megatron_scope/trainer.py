@@ -21,6 +21,7 @@ from megatron_scope.backend.export import save_gradients, save_hf_folder
 from megatron_scope.backend.learning_rate import learning_rate
 from megatron_scope.backend.model import StageModel, build
 from megatron_scope.backend.optimizer import Trainable, make_trainable
+from megatron_scope.backend.parity import LogprobGap
 from megatron_scope.backend.setup import Ranks
 from megatron_scope.backend.update import (
     PathGradients,
@@ -32,7 +33,14 @@ from megatron_scope.backend.update import (
     statistics,
 )
 from megatron_scope.config import Config, write_config
-from megatron_scope.config.needs import draws_responses, holds_teacher, needs_reference, overlaps_scoring
+from megatron_scope.config.needs import (
+    corrects_engine,
+    draws_responses,
+    holds_teacher,
+    needs_reference,
+    overlaps_scoring,
+    probes_servers,
+)
 from megatron_scope.config.schema import Engine, ModelConfig
 from megatron_scope.controller.process import ControllerProcess
 from megatron_scope.controller.rows import ResponseRecord
@@ -40,13 +48,17 @@ from megatron_scope.convert.sources import open_model
 from megatron_scope.data.batching import pack
 from megatron_scope.metrics import StageClock, step_metrics
 from megatron_scope.objective import build_objective
+from megatron_scope.objective.losses import corrected
 from megatron_scope.objective.objectives import WeighedResponses
+from megatron_scope.parity import check_servers
 from megatron_scope.preflight import check_files, max_positions, vocabulary, warnings_of
 from megatron_scope.progress import Progress
-from megatron_scope.records import MicroBatch, SequenceLimits
+from megatron_scope.records import MicroBatch, SequenceLimits, ServerProbe
 from megatron_scope.run_folder import RunFolder
 from megatron_scope.scoring import Scorer, Scores, StepScoring
 from megatron_scope.sync.disk import remove_old_versions
+
+PROBE_PROMPTS, PROBE_TOKENS = 4, 16  # what each rollout server draws for the parity gate
 
 
 class Trainer:
@@ -76,13 +88,17 @@ class Trainer:
             teacher=self._build(config.teacher, trainable=False) if holds_teacher(config) else None,
             reference=self._build(config.student, trainable=False) if needs_reference(config) else None,
         )
+        token_loss, cap = self.objective.token_loss, config.rollout.correction_cap
         self.update_settings = UpdateSettings(
-            self.objective.token_loss,
+            corrected(token_loss, cap) if corrects_engine(config) else token_loss,
             student_temperature=config.objective.student_temperature,
             rollout_temperature=config.rollout.temperature,
             ratio_clip=math.inf if config.objective.ratio_clip is None else config.objective.ratio_clip,
+            correction_cap=cap if corrects_engine(config) else None,
+            logprob_gap_limit=config.rollout.logprob_gap_limit,
         )
         self.controller: ControllerProcess | None = None
+        self.parity = LogprobGap.of_nothing()  # of the published weights
 
     def _prepare_folder(self) -> Path | None:
         """Finds the checkpoint to go on from; without one, or when told to, starts over beside the earlier
@@ -128,6 +144,7 @@ class Trainer:
             progress = stack.enter_context(Progress(self.config, self.ranks.rank, first))
             if first <= self.config.run.steps:
                 self.publish(version=first - 1)
+                self.check_parity()
             for step in range(first, self.config.run.steps + 1):
                 progress.show(self.step(step))
                 if self._checkpoint_is_due(step):
@@ -137,6 +154,7 @@ class Trainer:
     def step(self, step: int) -> dict[str, Any]:
         """One training step; returns its row of metrics.jsonl."""
         clock = StageClock()
+        parity = self.parity
         batch, scores = self.roll_out_and_score(step, clock)
         with clock.stage("weigh"):
             weighed = self.objective.weigh(batch.table, scores.student_mean, scores.teacher_mean)
@@ -144,6 +162,7 @@ class Trainer:
             update = self.update(step, batch, scores, weighed)
         with clock.stage("publish"):
             self.publish(version=step)
+            self.check_parity()
         with clock.stage("record"):
             self.record(step, batch, scores, weighed)
         row = step_metrics(
@@ -155,6 +174,7 @@ class Trainer:
             teacher_mean=scores.teacher_mean,
             counts=batch.counts,
             oldest_version=batch.oldest_version,
+            parity=parity,
             sampled_now=self._publishes,
             seconds=clock.seconds,
             scoring_hidden_share=clock.share_before("score", batch.last_arrival_s),
@@ -230,6 +250,19 @@ class Trainer:
             remove_old_versions(self.folder.weights, keep=out)
 
         on_rank_zero(self.ranks, hand_over)
+
+    def check_parity(self) -> None:
+        """Compares what every server draws with the trainer's own log-probs; ParityError names the server
+        that is too far off.
+        """
+        if not probes_servers(self.config):
+            return
+
+        def probe() -> list[ServerProbe]:
+            assert self.controller is not None
+            return self.controller.call("probe", PROBE_PROMPTS, PROBE_TOKENS)
+
+        self.parity = check_servers(on_rank_zero(self.ranks, probe), self.scorer)
 
     def record(self, step: int, batch: LocalBatch, scores: Scores, weighed: WeighedResponses) -> None:
         """Writes the step's rollouts with what was learnt about them."""

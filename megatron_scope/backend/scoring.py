@@ -49,13 +49,15 @@ class TokenLogprobs:
 @dataclasses.dataclass(frozen=True)
 class KnownLogprobs:
     """Per-token log-probs that the update reads: the teacher's, the initial student's (`reference`), and the
-    student's own at the start of the step (`old`; None where they are still the current ones).
+    student's own at the start of the step (`old`; None where they are still the current ones), for the
+    correction of the engine's draws also at rollout temperature (`old_at_rollout`).
     """
 
     teacher: TokenLogprobs
     reference: TokenLogprobs
     old: TokenLogprobs | None
     teacher_states: TeacherStates | None = None  # for exact divergences
+    old_at_rollout: TokenLogprobs | None = None
 
 
 def response_rows(micro_batch: MicroBatch) -> Iterator[tuple[int, slice]]:
@@ -71,31 +73,41 @@ def score(
     stage: StageModel,
     micro_batches: Sequence[MicroBatch],
     ranks: Ranks,
-    temperature: float,
+    temperatures: Sequence[float],
     *,
     stop_token_id: int | None = None,
     keep: HiddenStates | None = None,
-) -> TokenLogprobs:
-    """Forward-only pass: the log-probs of every response token of `micro_batches` at a temperature, in
-    nats.
+) -> list[TokenLogprobs]:
+    """Forward-only pass: the log-probs of every response token of `micro_batches` at each of the
+    temperatures, in nats.
 
     `keep` takes the final hidden states of every response. With `stop_token_id` the stop token of a response
     is scored as that one, whichever ended it.
     """
 
-    def logprobs(micro_batch: MicroBatch, hidden: Tensor) -> tuple[MicroBatch, np.ndarray]:
+    def logprobs(micro_batch: MicroBatch, hidden: Tensor) -> tuple[MicroBatch, dict[float, np.ndarray]]:
         targets = micro_batch.targets
         if stop_token_id is not None:
             targets = np.where(micro_batch.stop, stop_token_id, targets)
         if keep is not None:
             _keep_responses(micro_batch, hidden, keep)
-        stats = token_statistics(stage, ranks, hidden, targets, temperature)
-        return micro_batch, stats.logprob.float().cpu().numpy()
+        at = {
+            temperature: token_statistics(stage, ranks, hidden, targets, temperature).logprob
+            for temperature in dict.fromkeys(temperatures)
+        }
+        return micro_batch, {temperature: values.float().cpu().numpy() for temperature, values in at.items()}
 
     results = _forward(stage, micro_batches, ranks, logprobs)
-    return TokenLogprobs(
-        {index: values[rows] for micro_batch, values in results for index, rows in response_rows(micro_batch)}
-    )
+    return [
+        TokenLogprobs(
+            {
+                index: at[temperature][rows]
+                for micro_batch, at in results
+                for index, rows in response_rows(micro_batch)
+            }
+        )
+        for temperature in temperatures
+    ]
 
 
 def keep_hidden_states(

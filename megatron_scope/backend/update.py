@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_scope.backend.optimizer import Trainable
+from megatron_scope.backend.parity import LogprobGap
 from megatron_scope.backend.schedule import run, token_statistics
-from megatron_scope.backend.scoring import KnownLogprobs
+from megatron_scope.backend.scoring import KnownLogprobs, TokenLogprobs
 from megatron_scope.backend.setup import Ranks
 from megatron_scope.backend.token_loss import TokenLoss
 from megatron_scope.errors import TrainingError
@@ -23,12 +24,17 @@ from megatron_scope.records import MicroBatch, ResponseCoefficients, ResponseTab
 
 @dataclasses.dataclass(frozen=True)
 class UpdateSettings:
-    """What stays the same over a run: the loss, the temperatures, and how far a ratio may go unclipped."""
+    """What stays the same over a run: the loss, the temperatures, how far a ratio may go unclipped, the
+    largest factor of the correction (None: there is none), and how far the log-probs of trainer and engine
+    may lie apart (None: as they like).
+    """
 
     token_loss: Callable[[TokenTerms], Tensor]
     student_temperature: float
     rollout_temperature: float
     ratio_clip: float
+    correction_cap: float | None
+    logprob_gap_limit: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +47,8 @@ class UpdateStats:
     objective asks for it. `kl_reference` is the k3 estimate of KL(student || initial student). The ratio is
     pi_theta / pi_old: its largest value and the share beyond the clip. The log-prob gap is trainer minus
     engine at rollout temperature, in the first update, whose weights made the responses: mean and maximum of
-    its absolute value, and the k3 estimate of KL(engine || trainer).
+    its absolute value, and the k3 estimate of KL(engine || trainer). Where the engine's draws are corrected:
+    the share of tokens whose pi_old / pi_engine was over the cap, and the mean of the factor.
     """
 
     loss: float
@@ -57,6 +64,8 @@ class UpdateStats:
     logprob_gap_mean: float
     logprob_gap_max: float
     logprob_gap_kl: float
+    correction_clip_rate: float
+    correction_mean: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +107,7 @@ MEANS = (
     *("nll_correct", "kl_correct", "kl_incorrect", "divergence_incorrect", "stop_log_ratio"),
     *("kl_reference", "entropy"),
     *("ratio_clipped", "logprob_gap_mean", "logprob_gap_kl"),
+    *("correction_clip_rate", "correction_mean"),
 )
 MAXIMA = ("ratio_max", "logprob_gap_max")
 SUMS = ("loss", *MEANS, *(f"{name}_count" for name in MEANS))
@@ -118,7 +128,8 @@ def forward_backward(
     """Accumulates the gradient of the summed token loss in main_grad, reduced over replicas.
 
     `is_first` tells that no update has been made since the responses were drawn. `whole_gradients` leaves the
-    full sum on every replica. Raises TrainingError, on every rank, when the loss is not finite.
+    full sum on every replica. Raises, on every rank, TrainingError when the loss is not finite, and
+    ParityError when the first update finds the log-prob gap over its limit.
     """
 
     loss_of = TokenLoss(
@@ -127,19 +138,18 @@ def forward_backward(
 
     def hook(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         terms = _terms(micro_batch, hidden, coefficients, known)
+        at_rollout = _at_rollout(student, micro_batch, hidden, ranks, settings) if is_first else None
+        if terms.rollout_logprob is None:
+            terms = terms._replace(rollout_logprob=at_rollout)
         outcome = loss_of(micro_batch, hidden, terms)
         terms = terms._replace(logprob=outcome.logprob, divergence=outcome.divergence)
         with torch.no_grad():
-            at_rollout = outcome.logprob
-            if is_first and settings.rollout_temperature != settings.student_temperature:
-                at_rollout = token_statistics(
-                    student.stage, ranks, hidden, micro_batch.targets, settings.rollout_temperature
-                ).logprob
             data = {
                 "loss": outcome.value.double(),
                 **_path_means(micro_batch, terms, correct[micro_batch.response], known),
                 **_policy_means(micro_batch, terms, outcome.entropy, known, settings.ratio_clip),
-                **_engine_gap(micro_batch, at_rollout, is_first),
+                **_engine_gap(terms, outcome.logprob if at_rollout is None else at_rollout, is_first),
+                **_correction_means(terms, settings.correction_cap),
             }
             together = torch.stack([data[name].double().to(hidden.device) for name in (*SUMS, *MAXIMA)])
             data = dict(zip((*SUMS, *MAXIMA), together.cpu(), strict=True))  # one transfer
@@ -159,7 +169,10 @@ def forward_backward(
             reduce=todo == 0,
             force_all_reduce=whole_gradients,
         )
-    return _reduce(results, ranks)
+    totals = _reduce(results, ranks)
+    if is_first:
+        _logprob_gap(totals).check(settings.logprob_gap_limit)
+    return totals
 
 
 def path_gradients(
@@ -223,17 +236,33 @@ def _terms(
     def of_response(values: np.ndarray) -> Tensor:
         return rows(values[micro_batch.response])
 
+    def if_kept(logprobs: TokenLogprobs | None) -> Tensor | None:
+        return None if logprobs is None else rows(logprobs.rows(micro_batch))
+
     return TokenTerms(
         logprob=hidden.new_zeros(len(micro_batch.rows), dtype=torch.float32),
         divergence=hidden.new_zeros(len(micro_batch.rows), dtype=torch.float32),
-        old_logprob=None if known.old is None else rows(known.old.rows(micro_batch)),
+        old_logprob=if_kept(known.old),
         teacher_logprob=rows(known.teacher.rows(micro_batch)),
         reference_logprob=rows(known.reference.rows(micro_batch)),
         likelihood=of_response(coefficients.likelihood),
         distill=of_response(coefficients.distill),
         advantage=of_response(coefficients.advantage),
         reference_kl=of_response(coefficients.reference_kl),
+        engine_logprob=rows(micro_batch.engine_logprobs),
+        rollout_logprob=if_kept(known.old_at_rollout),
     )
+
+
+def _at_rollout(
+    student: Trainable, micro_batch: MicroBatch, hidden: Tensor, ranks: Ranks, settings: UpdateSettings
+) -> Tensor | None:
+    """The student's log-probs [R] at rollout temperature; None where that is the loss's own."""
+    if settings.rollout_temperature == settings.student_temperature:
+        return None
+    return token_statistics(
+        student.stage, ranks, hidden, micro_batch.targets, settings.rollout_temperature
+    ).logprob
 
 
 def _mean(name: str, values: Tensor, chosen: Tensor) -> dict[str, Tensor]:
@@ -276,14 +305,24 @@ def _policy_means(
     }
 
 
-def _engine_gap(micro_batch: MicroBatch, at_rollout: Tensor, is_first: bool) -> dict[str, Tensor]:
-    engine = torch.from_numpy(micro_batch.engine_logprobs).to(at_rollout.device, torch.float64)
+def _engine_gap(terms: TokenTerms, at_rollout: Tensor, is_first: bool) -> dict[str, Tensor]:
+    engine = terms.engine_logprob.double()
     compared = engine.isfinite() & is_first
     gap = torch.where(compared, at_rollout.double() - engine, 0.0)
     return {
         **_mean("logprob_gap_mean", gap.abs(), compared),
         **_mean("logprob_gap_kl", gap.exp() - 1 - gap, compared),
         "logprob_gap_max": gap.abs().max() if len(gap) else gap.sum(),
+    }
+
+
+def _correction_means(terms: TokenTerms, cap: float | None) -> dict[str, Tensor]:
+    ratio = terms.engine_ratio().double()
+    corrected = torch.full_like(ratio, cap is not None, dtype=torch.bool)
+    limit = math.inf if cap is None else cap
+    return {
+        **_mean("correction_clip_rate", (ratio > limit).double(), corrected),
+        **_mean("correction_mean", ratio.clamp(max=limit), corrected),
     }
 
 
@@ -306,13 +345,22 @@ def _reduce(results: list[dict[str, Tensor]], ranks: Ranks) -> Totals:
     return totals
 
 
+def _mean_of(name: str, sums: dict[str, float]) -> float:
+    count = sums[f"{name}_count"]
+    return sums[name] / count if count else math.nan
+
+
+def _logprob_gap(totals: Totals) -> LogprobGap:
+    mean, kl = (_mean_of(f"logprob_gap_{name}", totals.sums) for name in ("mean", "kl"))
+    count = int(totals.sums["logprob_gap_mean_count"])
+    return LogprobGap(mean, totals.maxima["logprob_gap_max"], kl, count)
+
+
 def statistics(updates: Sequence[Totals]) -> UpdateStats:
     """The statistics of a step from the totals of its updates."""
     sums = {name: sum(update.sums[name] for update in updates) for name in SUMS}
     highest = {name: max(update.maxima[name] for update in updates) for name in MAXIMA}
-    means = {
-        name: sums[name] / sums[f"{name}_count"] if sums[f"{name}_count"] else float("nan") for name in MEANS
-    }
+    means = {name: _mean_of(name, sums) for name in MEANS}
     if not sums["logprob_gap_mean_count"]:
-        highest["logprob_gap_max"] = float("nan")
+        highest["logprob_gap_max"] = math.nan
     return UpdateStats(loss=sums["loss"] / len(updates), **means, **highest)

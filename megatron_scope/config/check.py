@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from megatron_scope.config.needs import draws_responses, needs_teacher, teacher_is_served
+from megatron_scope.config.needs import corrects_engine, draws_responses, needs_teacher, teacher_is_served
 from megatron_scope.config.schema import (
     Config,
     Divergence,
@@ -20,7 +20,7 @@ from megatron_scope.config.schema import (
 )
 from megatron_scope.errors import ConfigError
 
-Command = Literal["train", "evaluate"]
+Command = Literal["train", "evaluate", "launch"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,7 @@ _POSITIVE_COUNTS = (
     "evaluate.diversity_tokens",
 )
 _GROUPS = ("evaluate.diversity_responses",)
+_CAPS = ("rollout.correction_cap",)
 _COUNTS = ("run.seed", "train.path_gradients_every", "optimizer.warmup_steps", "checkpoint.every")
 _POSITIVE = (
     "rollout.temperature",
@@ -95,6 +96,8 @@ def check_config(config: Config, *, world_size: int | None = None, command: Comm
     `world_size` is the number of ranks where it is known; `command` says which settings are required.
     """
     _check_ranges(config)
+    if command == "launch":  # a server needs a model and lengths, not a run
+        return
     _check_built(config)
     _check_parallel(config, world_size)
     _check_prompts(config)
@@ -127,6 +130,7 @@ def _check_ranges(config: Config) -> None:
     _require(config, _TOP_K, lambda v: v == -1 or v >= 1, "1 or more, or -1 to turn it off")
     _require(config, _BETAS, lambda v: 0 <= v < 1, "at least 0 and below 1")
     _require(config, _GROUPS, lambda v: v >= 2, "2 or more")
+    _require(config, _CAPS, lambda v: math.isfinite(v) and v >= 1, "finite and 1 or more")
     for token_id in config.data.stop_token_ids or ():
         if token_id < 0:
             raise ConfigError(f"data.stop_token_ids has {token_id}: token ids are 0 or more")
@@ -222,6 +226,7 @@ def _check_train(config: Config) -> None:
             "to a checkpoint",
         )
     _check_objective(config)
+    _check_parity(config)
     if not draws_responses(config):
         _needed(config, "data.train", "set data.train to a JSON-lines file of {prompt, response} rows")
         return
@@ -304,6 +309,31 @@ def _check_served_teacher(config: Config) -> None:
         raise ConfigError(
             f"{shared[0]} is in both teacher.server and rollout.servers: the student's weights are loaded "
             "into the latter; serve the teacher on servers of its own"
+        )
+
+
+def _check_parity(config: Config) -> None:
+    """What may be asked about the engine's log-probs."""
+    rollout, objective = config.rollout, config.objective
+    limit = rollout.logprob_gap_limit
+    if limit is not None and not limit > 0:
+        raise ConfigError(f"rollout.logprob_gap_limit is {limit}: it must be above 0; null sets no limit")
+    if not draws_responses(config):
+        for key, asked, off in (
+            ("rollout.correction", corrects_engine(config), "none"),
+            ("rollout.logprob_gap_limit", limit is not None, "null"),
+        ):
+            if asked:
+                raise ConfigError(
+                    f"{key} is {_get(config, key)} with objective.name={objective.name}, whose responses no "
+                    f"engine drew; set {key}={off}"
+                )
+    exact = objective.name == ObjectiveName.OPD and objective.divergence != Divergence.SAMPLED
+    if corrects_engine(config) and exact:
+        raise ConfigError(
+            f"rollout.correction is {rollout.correction} with objective.name=opd and objective.divergence="
+            f"{objective.divergence}, which does not depend on the token drawn: nothing is left to correct; "
+            "set rollout.correction=none"
         )
 
 

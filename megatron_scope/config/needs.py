@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_scope.config.schema import Config, Divergence, Engine, ObjectiveName, Overflow
+from megatron_scope.config.schema import Config, Correction, Divergence, Engine, ObjectiveName, Overflow
 
 
 def draws_responses(config: Config) -> bool:
@@ -51,7 +51,24 @@ def overlaps_scoring(config: Config) -> bool:
     return config.rollout.engine is Engine.SGLANG if asked is None else asked
 
 
+def probes_servers(config: Config) -> bool:
+    """Whether what the rollout servers draw is compared with the trainer whenever weights are published."""
+    return draws_responses(config) and config.rollout.engine is Engine.SGLANG
+
+
 def needs_states_anew(config: Config) -> bool:
     """Whether the teacher may read a step's responses again in the update."""
     exact = config.objective.divergence is not Divergence.SAMPLED
     return needs_teacher(config) and exact and config.teacher.hidden_states_overflow is Overflow.RECOMPUTE
+
+
+def corrects_engine(config: Config) -> bool:
+    """Whether the loss is corrected for the gap between the engine that drew the responses and the
+    trainer.
+    """
+    return config.rollout.correction is Correction.TRUNCATED_IMPORTANCE
+
+
+def needs_engine_logprobs(config: Config) -> bool:
+    """Whether every response token must come with the log-prob of the engine that drew it."""
+    return corrects_engine(config) or config.rollout.logprob_gap_limit is not None

@@ -22,6 +22,11 @@ class Truncated(StrEnum):
     DROP = "drop"
 
 
+class Correction(StrEnum):
+    NONE = "none"
+    TRUNCATED_IMPORTANCE = "truncated_importance"
+
+
 class ObjectiveName(StrEnum):
     SCOPE = "scope"
     OPD = "opd"
@@ -176,6 +181,13 @@ class RolloutConfig:
     health_interval_s: float = 10.0  # between looks at each server while responses are drawn
     health_timeout_s: float = 30.0  # for an answer to such a look; a server that gives none is taken out
     api_key_env: str | None = None  # environment variable that holds the servers' API key
+    # Of the gap between the engine that draws a token and the trainer: each drawn token's loss is multiplied
+    # by min(pi_old / pi_engine, correction_cap).
+    correction: Correction = Correction.NONE
+    correction_cap: float = 2.0
+    # Mean |trainer - engine| log-prob, in nats per token, over which a step stops before its optimizer
+    # update; null never stops.
+    logprob_gap_limit: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

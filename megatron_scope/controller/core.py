@@ -5,28 +5,32 @@ and to the record.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_scope.config.needs import teacher_is_served
+from megatron_scope.config.needs import needs_engine_logprobs, teacher_is_served
 from megatron_scope.config.schema import Config, Truncated
 from megatron_scope.controller.arrivals import Arrivals
 from megatron_scope.controller.rows import ResponseRecord, write_step
 from megatron_scope.controller.sources import Source, open_source
 from megatron_scope.controller.teacher import ServedTeacher
 from megatron_scope.data.batching import response_table
-from megatron_scope.errors import RolloutError
+from megatron_scope.errors import DataError, RolloutError
 from megatron_scope.records import (
     JudgedRollout,
     Response,
     Rollout,
     RolloutCounts,
     SequenceLimits,
+    ServerProbe,
     StepPart,
     StepSummary,
+    Verdict,
 )
 
 
@@ -61,13 +65,16 @@ class Controller:
         """The usable responses that have arrived since the last call, once they have `least_tokens` response
         tokens (None: all that the step will have) or nothing more comes.
 
-        RolloutError when one is longer or has another id than the models can take.
+        RolloutError when one is longer or has another id than the models can take, DataError when one has no
+        log-probs of its engine though they are needed.
         """
         arrived, is_last = await self._current.take(least_tokens)
-        responses = [
-            make_response(place, item, self._limits) for place, item in arrived if self._is_usable(item)
-        ]
-        return StepPart(tuple(responses), is_last)
+        usable = [(place, item) for place, item in arrived if self._is_usable(item)]
+        if needs_engine_logprobs(self._config):
+            for _, item in usable:
+                check_engine_logprobs(item.rollout)
+        responses = tuple(make_response(place, item, self._limits) for place, item in usable)
+        return StepPart(responses, is_last)
 
     async def summarise(self) -> StepSummary:
         """The whole step after its last part; RolloutError when none of its responses is usable."""
@@ -77,6 +84,22 @@ class Controller:
     async def publish(self, folder: str, version: int) -> None:
         """Hands new weights to the rollout servers."""
         await self._source.publish(Path(folder), version)
+
+    async def probe(self, num_prompts: int, num_tokens: int) -> list[ServerProbe]:
+        """A few tokens of every rollout server, in the order of their URLs."""
+        answers = await self._source.probe(num_prompts, num_tokens)
+        numbers = itertools.count()
+        return [
+            ServerProbe(
+                url,
+                tuple(
+                    make_response(next(numbers), JudgedRollout(rollout, Verdict(False)), self._limits)
+                    for rollout in answers[url]
+                    if rollout.output_ids
+                ),
+            )
+            for url in sorted(answers)
+        ]
 
     async def record(self, step: int, records: dict[int, ResponseRecord]) -> None:
         """Writes the rollouts of the current step; `records` by place of the usable responses."""
@@ -167,6 +190,18 @@ def summarise(
         oldest_version=min(item.rollout.weight_version for item in usable),
         last_arrival_s=last_arrival_s,
     )
+
+
+def check_engine_logprobs(rollout: Rollout) -> None:
+    """DataError for a response without a finite engine log-prob for each of its tokens."""
+    missing = sum(not math.isfinite(logprob) for logprob in rollout.engine_logprobs)
+    if missing:
+        raise DataError(
+            f"{_name(rollout)} has no finite engine log-prob for {missing} of its {len(rollout.output_ids)} "
+            "tokens, but rollout.correction and rollout.logprob_gap_limit compare every one with the "
+            "trainer's; give rows with their engine_logprobs, or set rollout.correction=none and "
+            "rollout.logprob_gap_limit=null"
+        )
 
 
 def _name(rollout: Rollout) -> str:

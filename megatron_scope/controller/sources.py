@@ -33,6 +33,12 @@ class Source(Protocol):
         """Takes note of new weights."""
         ...
 
+    async def probe(self, num_prompts: int, num_tokens: int) -> dict[str, list[Rollout]]:
+        """By the URL of each server in service: up to `num_tokens` tokens for each of the next prompts, which
+        stay the next ones.
+        """
+        ...
+
     def state(self) -> dict[str, Any]:
         """Where the data stand, for a checkpoint; `skipped` counts prompts left out so far."""
         ...
@@ -108,6 +114,16 @@ class SampledRollouts(_Drawn):
     async def publish(self, folder: Path, version: int) -> None:
         await self._service.publish(folder, version)
 
+    async def probe(self, num_prompts: int, num_tokens: int) -> dict[str, list[Rollout]]:
+        requests = [
+            RolloutRequest(
+                prompt, 0, sample_seed(self._config.run.seed, 0, prompt.id, 0), f"probe/{prompt.id}"
+            )
+            for prompt in self._drawer.peek(num_prompts)
+        ]
+        tokens = min(num_tokens, self._params.max_new_tokens)
+        return await self._service.probe(requests, dataclasses.replace(self._params, max_new_tokens=tokens))
+
     async def close(self) -> None:
         await self._service.close()
 
@@ -132,6 +148,10 @@ class ReplayedRollouts:
 
     async def publish(self, folder: Path, version: int) -> None:
         del folder, version
+
+    async def probe(self, num_prompts: int, num_tokens: int) -> dict[str, list[Rollout]]:
+        del num_prompts, num_tokens
+        return {}
 
     def state(self) -> dict[str, Any]:
         return {"skipped": 0}
@@ -166,6 +186,10 @@ class GivenResponses(_Drawn):
 
     async def publish(self, folder: Path, version: int) -> None:
         del folder, version
+
+    async def probe(self, num_prompts: int, num_tokens: int) -> dict[str, list[Rollout]]:
+        del num_prompts, num_tokens
+        return {}
 
     async def close(self) -> None:
         pass

@@ -88,6 +88,14 @@ class Drawer(Generic[Item]):
                 drawn.append(item)
         return drawn
 
+    def peek(self, count: int) -> list[Item]:
+        """What `draw` will give next, at most as many as there are rows."""
+        before = dataclasses.replace(self.cursor)
+        try:
+            return self.draw(min(count, len(self._rows)))
+        finally:
+            self.cursor = before
+
     def _epoch_order(self) -> np.ndarray:
         if self._order is None or self._order[0] != self.cursor.epoch:
             order = np.arange(len(self._rows))

@@ -44,8 +44,8 @@ CPU_WORDS = (
 class LaunchOptions:
     """What a config does not say of a server.
 
-    `tp` is its tensor-parallel size; `python` the interpreter that has sglang, None this one; `extra` flags
-    come last, so that they replace what is set here.
+    `tp` is its tensor-parallel size; on a CPU its ranks share `cores`. `python` is the interpreter that has
+    sglang, None this one. `extra` flags come last, so that they replace what is set here.
     """
 
     role: Role
@@ -53,6 +53,7 @@ class LaunchOptions:
     host: str = "127.0.0.1"
     port: int = 30000
     tp: int = 1
+    cores: int = 1
     python: str | None = None
     extra: tuple[str, ...] = ()
 
@@ -166,9 +167,15 @@ def _environment(options: LaunchOptions) -> dict[str, str]:
     if options.device == "cpu":
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
         if options.tp > 1:
-            environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(options.tp)))
+            environment["SGLANG_CPU_OMP_THREADS_BIND"] = _core_ranges(options.cores, options.tp)
             environment["TORCHDYNAMO_DISABLE"] = "1"
     return environment
+
+
+def _core_ranges(cores: int, ranks: int) -> str:
+    """0-3|4-7: the cores of each rank."""
+    share = max(1, cores // ranks)
+    return "|".join(f"{rank * share}-{(rank + 1) * share - 1}" for rank in range(ranks))
 
 
 def _api_key(name: str) -> str:
@@ -207,6 +214,7 @@ def options_from(arguments: argparse.Namespace) -> LaunchOptions:
         host=arguments.host,
         port=arguments.port,
         tp=arguments.tp,
+        cores=os.cpu_count() or 1,
         python=arguments.python,
         extra=tuple(arguments.extra),
     )

@@ -7,13 +7,14 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from megatron_scope.errors import RolloutError, ScopeError, SyncError
-from megatron_scope.records import SamplingParams
+from megatron_scope.records import Rollout, SamplingParams
+from megatron_scope.rollout.client import ServerFailure
 from megatron_scope.rollout.delivery import Delivery
 from megatron_scope.rollout.dispatch import Dispatch, OnRollout
 from megatron_scope.rollout.identity import check_identity
 from megatron_scope.rollout.member import Member, State
 from megatron_scope.rollout.roster import PoolOptions, Roster, Servers
-from megatron_scope.rollout.wire import RolloutRequest
+from megatron_scope.rollout.wire import RolloutRequest, StaleWeights
 
 __all__ = ["PoolOptions", "ServerPool", "Servers"]
 
@@ -73,6 +74,31 @@ class ServerPool:
         except BaseExceptionGroup as failures:
             raise _first(failures) from None
 
+    async def probe(
+        self, requests: Sequence[RolloutRequest], params: SamplingParams
+    ) -> dict[str, list[Rollout]]:
+        """The answers of each server in service, by URL, to the same requests, asked without a router.
+
+        A server that does not answer with the published weights is taken out; RolloutError when none is left.
+        """
+        delivery, roster = self._roster.delivery, self._roster
+        assert delivery is not None
+        answers: dict[str, list[Rollout]] = {}
+
+        async def ask(member: Member) -> None:
+            asked = (
+                member.client.generate(request, params, version=delivery.version) for request in requests
+            )
+            try:
+                answers[member.url] = await asyncio.gather(*asked)
+            except (ServerFailure, StaleWeights) as error:
+                roster.take_out(member, str(error))
+
+        await _all(*(ask(member) for member in roster.members if member.state is State.IN))
+        if not answers:
+            raise roster.nobody_left(RolloutError, "no rollout server answers a probe")
+        return answers
+
     async def close(self) -> None:
         """Closes the connections; servers abort what was open on them."""
         await self._roster.close()
@@ -108,16 +134,19 @@ class ServerPool:
         roster = self._roster
 
         async def look(member: Member) -> None:
-            if member.state is State.OUT:
-                reason = await roster.why_unfit(member)
-                if reason is None:
-                    fit.append(member)
-                else:
-                    member.reason = reason
-            else:
+            if member.state is not State.OUT:
                 await roster.examine(member, version_too=False)
                 if member.state is State.IN:
                     fit.append(member)
+                return
+            unhealthy = await member.client.health()
+            try:
+                if unhealthy is not None:
+                    raise RolloutError(unhealthy.reason)
+                await roster.check_fit(member)
+                fit.append(member)
+            except ScopeError as error:
+                member.reason = str(error)
 
         fit: list[Member] = []
         await _all(*(look(member) for member in roster.members))

@@ -1,29 +1,7 @@
-import contextlib
-from collections.abc import Callable, Iterator
-
 import pytest
-
-from tests.helpers.ranks import RankPool
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/distributed" in str(item.path):
             item.add_marker(pytest.mark.distributed)
-
-
-@pytest.fixture(scope="session")
-def pool() -> Iterator[Callable[[int], RankPool]]:
-    """`pool(n)` gives the session's pool of n ranks, started at its first use."""
-    with contextlib.ExitStack() as stack:
-        pools: dict[int, RankPool] = {}
-
-        def get(size: int) -> RankPool:
-            if size in pools and not pools[size].closed and pools[size].is_worn:
-                pools[size].close()
-            if size not in pools or pools[size].closed:
-                pools[size] = RankPool(size)
-                stack.callback(pools[size].close)
-            return pools[size]
-
-        yield get

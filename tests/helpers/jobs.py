@@ -5,17 +5,20 @@ results.
 from __future__ import annotations
 
 import contextlib
+import gc
 import unittest.mock
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 
 from megatron_scope.config import parse_config
 from megatron_scope.config.schema import ParallelConfig, Precision
+from megatron_scope.errors import ScopeError
 
 
 @contextlib.contextmanager
@@ -42,6 +45,21 @@ def train(settings: dict[str, Any], resume: bool = False) -> list[dict[str, Any]
         return trainer.folder.read_metrics()
 
 
+def error_of_training(settings: dict[str, Any]) -> tuple[str, str]:
+    """The kind and the message of the error that training ends in on this rank."""
+    try:
+        train(settings)
+    except ScopeError as error:
+        return type(error).__name__, str(error)
+    return "", "no error"
+
+
+def num_threads() -> int:
+    """Threads of this rank once Python's collector has let go of what it can: each gloo group keeps some."""
+    gc.collect()
+    return psutil.Process().num_threads()
+
+
 def token_logprobs(settings: dict[str, Any]) -> dict[str, dict[int, np.ndarray]]:
     """Both models' log-probs of every response token of the first replayed step, by canonical index."""
     from megatron_scope.trainer import Trainer
@@ -58,10 +76,49 @@ def token_logprobs(settings: dict[str, Any]) -> dict[str, dict[int, np.ndarray]]
         batch = arriving.finish()
         models = {"student": trainer.student.stage, "teacher": trainer.scorer.teacher}
         scores = {
-            name: trainer.scorer.token_logprobs(stage, batch.responses, 1.0).by_response
+            name: trainer.scorer.token_logprobs(stage, batch.responses, [1.0])[0].by_response
             for name, stage in models.items()
         }
         return scores if ranks.speaks_for_scores else {name: {} for name in models}
+
+
+def response_logprobs(
+    hf: str, sequences: list[tuple[tuple[int, ...], tuple[int, ...]]], temperature: float
+) -> list[np.ndarray]:
+    """A model's log-probs of each (prompt ids, response ids), as a step's score stage has them."""
+    from megatron_scope.backend.model import build
+    from megatron_scope.backend.scoring import score
+    from megatron_scope.config.schema import TrainConfig
+    from megatron_scope.convert.hf_folder import HfFolder
+    from megatron_scope.convert.shape import padded_vocab_size
+    from megatron_scope.data.batching import pack
+    from megatron_scope.records import Response
+
+    with layout(ParallelConfig()) as ranks:
+        source = HfFolder(hf)
+        stage = build(
+            source,
+            ranks,
+            TrainConfig(precision=Precision.FLOAT32),
+            padded_vocab=padded_vocab_size(source.shape.vocab_rows, ranks.tensor_size),
+            vocab_size=source.shape.vocab_rows,
+            sequence_parallel=False,
+            pipeline_layers=None,
+            trainable=False,
+        )
+        responses = [
+            Response(
+                index=index,
+                correct=True,
+                stopped=False,
+                prompt_ids=np.array(prompt),
+                output_ids=np.array(response),
+                engine_logprobs=np.zeros(len(response), dtype=np.float32),
+            )
+            for index, (prompt, response) in enumerate(sequences)
+        ]
+        (scores,) = score(stage, pack(responses, micro_batch_tokens=512), ranks, [temperature])
+        return [scores.by_response[index] for index in range(len(responses))]
 
 
 def checkpoint_logits(megatron: str, parallel: dict[str, int], tokens: np.ndarray, out: str) -> None:

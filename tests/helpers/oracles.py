@@ -67,6 +67,9 @@ class Batch:
     # Log-probs [|y|, V] of all ids, for divergences over the vocabulary.
     student_all: Sequence[Tensor] = ()
     teacher_all: Sequence[Tensor] = ()
+    # Of a correction: `old` at rollout temperature, where it is not `old`, and the largest factor.
+    old_at_rollout: Sequence[Tensor] = ()
+    correction_cap: float | None = None
 
     def groups(self) -> list[list[int]]:
         """The places of each prompt's responses."""
@@ -75,6 +78,17 @@ class Batch:
 
     def ratio(self, i: int) -> Tensor:
         return torch.exp(self.student[i] - self.old[i])
+
+    def engine_ratio(self, i: int) -> Tensor:
+        """pi_old / pi_engine of a row's tokens, as the engine drew them."""
+        engine = torch.tensor(self.rows[i]["engine_logprobs"], dtype=torch.float64)
+        return torch.exp((self.old_at_rollout or self.old)[i] - engine)
+
+    def factor(self, i: int) -> Tensor:
+        """What multiplies an expectation over the engine's draws."""
+        if self.correction_cap is None:
+            return torch.ones((), dtype=torch.float64)
+        return torch.minimum(self.engine_ratio(i), torch.tensor(self.correction_cap, dtype=torch.float64))
 
     def tokens(self, correct_only: bool = False) -> int:
         return sum(len(row["output_ids"]) for row in self.rows if row["correct"] or not correct_only)
@@ -103,10 +117,11 @@ def scope(student_power: float = 1.0, teacher_power: float = -1.0, divergence: s
         total, num_prompts = torch.zeros((), dtype=torch.float64), len(batch.groups())
         for i, correct, weight, _ in _sets(batch, student_power, teacher_power):
             if correct:
-                total = total - weight * batch.ratio(i).sum() / num_prompts
+                total = total - weight * (batch.factor(i) * batch.ratio(i)).sum() / num_prompts
             elif divergence == "sampled":
                 log_ratio = (batch.student[i] - batch.teacher[i]).detach()
-                total = total + weight * (batch.ratio(i) * log_ratio).sum() / num_prompts
+                sampled = batch.factor(i) * batch.ratio(i) * log_ratio
+                total = total + weight * sampled.sum() / num_prompts
             else:
                 exact = DIVERGENCES[divergence](batch.student_all[i], batch.teacher_all[i])
                 total = total + weight * exact.sum() / num_prompts
@@ -120,10 +135,12 @@ def official(batch: Batch) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for i, correct, weight, size in _sets(batch, -1.0, -1.0):
         if correct:
-            total = total - weight * size * batch.student[i].sum() / batch.tokens(correct_only=True)
+            likelihood = (batch.factor(i) * batch.student[i]).sum()
+            total = total - weight * size * likelihood / batch.tokens(correct_only=True)
         else:
             log_ratio = (batch.student[i] - batch.teacher[i]).detach()
-            total = total + weight * size * (batch.ratio(i) * log_ratio).sum() / batch.tokens()
+            sampled = batch.factor(i) * batch.ratio(i) * log_ratio
+            total = total + weight * size * sampled.sum() / batch.tokens()
     return total
 
 
@@ -143,7 +160,8 @@ def opd(batch: Batch) -> Tensor:
     for group in batch.groups():
         for i in group:
             log_ratio = (batch.student[i] - batch.teacher[i]).detach()
-            total = total + (batch.ratio(i) * log_ratio).sum() / len(group) / len(batch.groups())
+            sampled = batch.factor(i) * batch.ratio(i) * log_ratio
+            total = total + sampled.sum() / len(group) / len(batch.groups())
     return total
 
 
@@ -161,7 +179,7 @@ def grpo(clip: float, kl_coefficient: float) -> Loss:
                 surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
                 difference = batch.reference[i] - batch.student[i]
                 k3 = difference.exp() - difference - 1
-                total = total + (kl_coefficient * k3 - surrogate).sum() / batch.tokens()
+                total = total + (kl_coefficient * k3 - batch.factor(i) * surrogate).sum() / batch.tokens()
         return total
 
     return loss

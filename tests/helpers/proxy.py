@@ -1,4 +1,4 @@
-"""A proxy in front of a rollout server, to hold its answers back."""
+"""A proxy in front of a rollout server, to hold its answers back or to change them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ import aiohttp
 from aiohttp import web
 
 Delay = Callable[[str, Any], float]
+Change = Callable[[str, bytes], bytes]
 
 
 class Proxy:
-    """Passes requests on to `target`, each answer `delay(path, body)` seconds late; a context manager that
-    runs in a thread of its own.
+    """Passes requests on to `target`, each answer `delay(path, body)` seconds late and as `change(path,
+    answer)` makes it; a context manager that runs in a thread of its own.
     """
 
-    def __init__(self, target: str, delay: Delay) -> None:
+    def __init__(
+        self,
+        target: str,
+        delay: Delay = lambda path, body: 0.0,
+        change: Change = lambda path, answer: answer,
+    ) -> None:
         self.url = ""
-        self._target, self._delay = target, delay
+        self._target, self._delay, self._change = target, delay, change
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
 
@@ -56,4 +62,6 @@ class Proxy:
         async with self._session.request(request.method, where, data=data, headers=headers) as answer:
             content = await answer.read()
         await asyncio.sleep(self._delay(request.path, json.loads(data) if data else None))
-        return web.Response(status=answer.status, body=content, content_type=answer.content_type)
+        return web.Response(
+            status=answer.status, body=self._change(request.path, content), content_type=answer.content_type
+        )

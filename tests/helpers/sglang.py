@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import platform
 import signal
@@ -14,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ STOP_TIMEOUT_S = 20.0
 LOG_LINES = 30
 CACHE_TOKENS = 16384  # enough for tiny models, and quick to make
 _SET_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
+# Linux counts as a process's parent the thread that made it: this one lives as long as the session.
+_SPAWNER = ThreadPoolExecutor(1, thread_name_prefix="sglang-spawner")
 
 
 def unsupported() -> str | None:
@@ -71,6 +75,7 @@ class SglangServer:
             device="cpu",
             port=self.port,
             tp=tp,
+            cores=os.cpu_count() or 1,
             python=python,
             extra=("--max-total-tokens", str(CACHE_TOKENS), *extra),
         )
@@ -99,7 +104,8 @@ class SglangServer:
         if self.command.api_key_env is not None:
             words += ["--api-key", environment[self.command.api_key_env]]
         with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(
+            self._process = _SPAWNER.submit(
+                subprocess.Popen,
                 words,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -108,7 +114,7 @@ class SglangServer:
                 env=environment,
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
-            )
+            ).result()
         if wait:
             self.wait()
 
@@ -192,7 +198,7 @@ class SglangServers:
     def __init__(self, python: str, folder: Path) -> None:
         self.python, self._folder = python, folder
         self._shared: dict[Path, SglangServer] = {}
-        self._number = 0
+        self._numbers = itertools.count(1)
 
     def shared(self, model: Path) -> SglangServer:
         """A server of `model`; who gives it other weights gives it back its own."""
@@ -212,8 +218,7 @@ class SglangServers:
         self._shared.clear()
 
     def _start(self, model: Path, **options: Any) -> SglangServer:
-        self._number += 1
-        log = self._folder / f"{self._number}-{model.name}.log"
+        log = self._folder / f"{next(self._numbers)}-{model.name}.log"
         return SglangServer(self.python, model, log, **options)
 
 

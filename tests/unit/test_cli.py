@@ -75,6 +75,11 @@ def one_line(err):
         (("verify", "--input", "f", "--output", "g", "extra"), "unrecognized arguments: extra"),
         (("evaluate", "c.yaml"), "--benchmarks"),
         (("serve",), "--model"),
+        (("serve", "--model", "m", "--", "--dtype", "x"), "unrecognized arguments: -- --dtype x"),
+        (("launch", "c.yaml"), "--role"),
+        (("launch", "--role", "rollout"), "CONFIG.yaml"),
+        (("launch", "c.yaml", "--role", "student"), "invalid choice: 'student'"),
+        (("launch", "c.yaml", "--role", "rollout", "--dtype", "x"), "unrecognized arguments: --dtype x"),
         (("convert",), "WHAT"),
         (("convert", "to-onnx"), "invalid choice: 'to-onnx' (choose from"),
         (("convert", "to-megatron", "--hf", "m"), "--out"),
@@ -94,7 +99,7 @@ def test_wrong_use_exits_with_2_and_one_line(run, arguments, problem):
 @pytest.mark.parametrize(
     "command",
     [
-        *((), ("train",), ("evaluate",), ("verify",), ("serve",), ("convert",)),
+        *((), ("train",), ("evaluate",), ("verify",), ("serve",), ("launch",), ("convert",)),
         *(("convert", kind) for kind in ("to-megatron", "to-hf", "check", "logits")),
     ],
 )
@@ -105,7 +110,7 @@ def test_every_command_has_help(run, command):
 
 def test_the_commands_are_listed_in_the_help(run):
     _, out, _ = run("--help")
-    assert all(name in out for name in ("train", "convert", "evaluate", "verify", "serve"))
+    assert all(name in out for name in ("train", "convert", "evaluate", "verify", "serve", "launch"))
 
 
 def test_the_version_is_printed(run):

@@ -40,6 +40,11 @@ def test_a_complete_config_passes():
     check_config(build(*TRAIN), command="evaluate")
 
 
+def test_a_server_is_launched_without_what_a_run_needs_but_within_the_ranges():
+    check_config(build("teacher.hf=models/teacher"), command="launch")
+    assert "data.max_prompt_tokens is 0" in message("data.max_prompt_tokens=0", command="launch")
+
+
 @pytest.mark.parametrize(
     ("overrides", "options"),
     [
@@ -65,6 +70,9 @@ def test_a_complete_config_passes():
         (["teacher.server=http://localhost:30000", "objective.name=grpo"], {}),
         (["teacher.server=http://localhost:30000", "rollout.engine=embedded"], {}),
         (["train.updates_per_batch=4", "objective.ratio_clip=0.2"], {}),
+        (["rollout.correction=truncated_importance", "rollout.correction_cap=1"], {}),
+        (["rollout.correction=truncated_importance", "objective.divergence=jsd"], {}),
+        (["rollout.logprob_gap_limit=0.01", "objective.name=opd", "objective.divergence=jsd"], {}),
         (["data.prompt_template=\\boxed{} {x} {prompt}"], {}),
         (["data.system_prompt=Reason.", "data.chat_template_kwargs.enable_thinking=true"], {}),
         (
@@ -73,6 +81,8 @@ def test_a_complete_config_passes():
         ),
         (["objective.student_exponent=0", "objective.teacher_exponent=1", "objective.tau=0.5"], {}),
         (["optimizer.warmup_steps=200"], {}),
+        (["rollout.servers=[]", "rollout.servers_file=servers.txt"], {}),
+        (["rollout.router=http://r:1"], {}),
         (["teacher.hf=null", "run.output_dir=null", "data.train=null"], {"command": "evaluate"}),
     ],
 )
@@ -86,6 +96,8 @@ def test_what_must_be_accepted(overrides, options):
         ("run.steps=0", "run.steps is 0: it must be 1 or more"),
         ("parallel.tensor=-2", "parallel.tensor is -2: it must be 1 or more"),
         ("data.max_prompt_tokens=0", "data.max_prompt_tokens is 0: it must be 1 or more"),
+        ("rollout.health_interval_s=0", "rollout.health_interval_s is 0.0: it must be finite and above 0"),
+        ("rollout.health_timeout_s=.inf", "rollout.health_timeout_s is inf: it must be finite and above 0"),
         ("rollout.max_new_tokens=0", "rollout.max_new_tokens is 0: it must be 1 or more"),
         ("evaluate.max_new_tokens=0", "evaluate.max_new_tokens is 0: it must be 1 or more"),
         ("train.micro_batch_tokens=0", "train.micro_batch_tokens is 0: it must be 1 or more"),
@@ -108,6 +120,8 @@ def test_what_must_be_accepted(overrides, options):
         ("rollout.top_p=0", "rollout.top_p is 0.0: it must be above 0 and at most 1 (1 turns it off)"),
         ("evaluate.diversity_responses=1", "evaluate.diversity_responses is 1: it must be 2 or more"),
         ("evaluate.top_p=1.5", "evaluate.top_p is 1.5: it must be above 0 and at most 1"),
+        ("rollout.correction_cap=0.5", "rollout.correction_cap is 0.5: it must be finite and 1 or more"),
+        ("rollout.correction_cap=.inf", "rollout.correction_cap is inf: it must be finite and 1 or more"),
         ("rollout.top_k=0", "rollout.top_k is 0: it must be 1 or more, or -1 to turn it off"),
         ("optimizer.beta2=1", "optimizer.beta2 is 1.0: it must be at least 0 and below 1"),
         ("data.stop_token_ids=[1,-2]", "data.stop_token_ids has -2: token ids are 0 or more"),
@@ -188,6 +202,30 @@ def test_what_is_not_built_yet_is_refused(override, said):
             "objective.ratio_clip is 0.2 with objective.name=kd, which has no ratio; set",
         ),
         (
+            ["rollout.logprob_gap_limit=0"],
+            "rollout.logprob_gap_limit is 0.0: it must be above 0; null sets no limit",
+        ),
+        (["rollout.logprob_gap_limit=.nan"], "rollout.logprob_gap_limit is nan: it must be above 0"),
+        (
+            ["rollout.logprob_gap_limit=0.1", "objective.name=sft"],
+            "rollout.logprob_gap_limit is 0.1 with objective.name=sft, whose responses no engine drew; set "
+            "rollout.logprob_gap_limit=null",
+        ),
+        (
+            ["rollout.correction=truncated_importance", "objective.name=kd"],
+            "rollout.correction is truncated_importance with objective.name=kd, whose responses no engine "
+            "drew; set rollout.correction=none",
+        ),
+        (
+            [
+                "rollout.correction=truncated_importance",
+                "objective.name=opd",
+                "objective.divergence=reverse_kl",
+            ],
+            "rollout.correction is truncated_importance with objective.name=opd and objective.divergence="
+            "reverse_kl, which does not depend on the token drawn",
+        ),
+        (
             ["train.updates_per_batch=4", "rollout.prompts_per_step=3"],
             "train.updates_per_batch is 4 but rollout.prompts_per_step=3: each update needs a prompt; lower",
         ),
@@ -223,7 +261,16 @@ def test_what_is_not_built_yet_is_refused(override, said):
         (
             ["rollout.servers=[]"],
             "rollout.servers is empty: rollout.engine=sglang needs the servers' URLs; "
-            "set rollout.servers=[http://HOST:30000]",
+            "set rollout.servers=[http://HOST:30000] or rollout.servers_file, or rollout.engine=embedded",
+        ),
+        (
+            ["rollout.servers_file=servers.txt"],
+            "rollout.servers_file is servers.txt and rollout.servers is set too: the servers are those of "
+            "one of them; set rollout.servers=[] or rollout.servers_file=null",
+        ),
+        (
+            ["rollout.router=localhost:1"],
+            "rollout.router has 'localhost:1': it must be a URL, as in http://HOST:30000",
         ),
         (
             ["rollout.servers=localhost:1"],
@@ -231,7 +278,12 @@ def test_what_is_not_built_yet_is_refused(override, said):
         ),
         (
             ["rollout.servers=[http://a, http://a]"],
-            "rollout.servers and rollout.router name a server twice; list each one once",
+            "rollout.servers and rollout.router name a server twice; list each one once, and the router only "
+            "as rollout.router",
+        ),
+        (
+            ["rollout.servers=[http://a, http://b]", "rollout.router=http://b/"],
+            "rollout.servers and rollout.router name a server twice",
         ),
         (["rollout.engine=replay"], "rollout.file is not set: rollout.engine=replay reads it"),
         (
@@ -309,6 +361,7 @@ def test_every_numeric_setting_has_a_range():
             "POSITIVE_COUNTS",
             "COUNTS",
             "GROUPS",
+            "CAPS",
             "POSITIVE",
             "NOT_NEGATIVE",
             "FINITE",

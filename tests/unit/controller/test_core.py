@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from megatron_scope.config.schema import Config, Engine, RolloutConfig, Truncated
+from megatron_scope.config.schema import Config, Correction, Engine, RolloutConfig, Truncated
 from megatron_scope.controller.core import Controller, is_usable, make_response, summarise
 from megatron_scope.controller.rows import ResponseRecord, read_steps, write_step
-from megatron_scope.errors import RolloutError
+from megatron_scope.errors import DataError, RolloutError
 from megatron_scope.records import JudgedRollout, Prompt, Response, RolloutCounts, SequenceLimits, StepSummary
 from tests.unit.controller.judged import judged
 
@@ -147,6 +147,35 @@ def test_a_step_without_a_usable_response_is_an_error_that_says_why():
 
 
 # ---- the controller over recorded rollouts
+
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    "asked", [{"correction": Correction.TRUNCATED_IMPORTANCE}, {"logprob_gap_limit": 0.1}, {}]
+)
+@pytest.mark.parametrize("logprobs", [(NAN, -1.0, NAN), (-INF, -1.0, INF)], ids=["null", "infinite"])
+def test_a_token_without_its_engine_logprob_is_an_error_where_each_is_needed(tmp_path, asked, logprobs):
+    """An unusable response may lack them: nothing is learnt from it."""
+    step = [
+        judged("a", 0, finish="abort", engine_logprobs=(NAN,) * 3),
+        judged("a", 1),
+        judged("b", 2, engine_logprobs=logprobs),
+    ]
+    write_step(tmp_path / "recorded", 1, step, {})
+    rollout = RolloutConfig(engine=Engine.REPLAY, file=str(tmp_path / "recorded"), **asked)
+    controller = Controller(Config(rollout=rollout), LIMITS, str(tmp_path / "run"))
+
+    async def first_part():
+        await controller.begin_step(1, 0)
+        return await controller.next_part(None)
+
+    if not asked:
+        assert len(asyncio.run(first_part()).responses) == 2
+        return
+    with pytest.raises(DataError, match=r"^prompt b, sample 2 has no finite engine log-prob for 2 of its 3"):
+        asyncio.run(first_part())
 
 
 def test_records_find_their_rollouts_though_unusable_ones_lie_between(tmp_path):

@@ -2,20 +2,24 @@
 float64.
 """
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_scope.config.schema import CorrectPath, ObjectiveConfig, ObjectiveName
+from megatron_scope.config.schema import CorrectPath, Divergence, ObjectiveConfig, ObjectiveName
 from megatron_scope.objective import build_objective
 from megatron_scope.objective.losses import (
     TokenTerms,
     clipped_surrogate,
+    corrected,
     distillation_surrogate,
+    divergence_loss,
     likelihood_loss,
     policy_gradient_loss,
+    reference_kl,
 )
 
 VOCAB = 7
@@ -28,6 +32,8 @@ KL_COEFFICIENT = 0.3
 
 scope_loss = build_objective(ObjectiveConfig()).token_loss
 official_loss = build_objective(ObjectiveConfig(correct_path=CorrectPath.LOG_LIKELIHOOD)).token_loss
+exact_scope_loss = build_objective(ObjectiveConfig(divergence=Divergence.REVERSE_KL)).token_loss
+clipped_policy_gradient = build_objective(ObjectiveConfig(name=ObjectiveName.GRPO, ratio_clip=0.2)).token_loss
 LOSSES = [scope_loss, official_loss, likelihood_loss, distillation_surrogate, policy_gradient_loss]
 
 
@@ -43,6 +49,8 @@ class Batch:
         self.teacher = np.log(random.uniform(0.01, 0.9, total))
         self.old = self.current() + random.normal(size=total) * 0.4
         self.reference = self.current() + random.normal(size=total) * 0.7
+        self.engine = self.current() + random.normal(size=total) * 0.6
+        self.at_rollout = self.current() + random.normal(size=total) * 0.3
         self.correct = np.array(CORRECT)[self.response]
         self.advantage = np.array(ADVANTAGES)[self.response] / total
         self.coefficient = np.array(WEIGHTS)[self.response] / NUM_PROMPTS
@@ -60,7 +68,7 @@ class Batch:
         score[np.arange(len(self.tokens)), self.tokens] += 1.0
         return score
 
-    def run(self, loss, *, old=None, dtype=torch.float64, rows=slice(None)):
+    def run(self, loss, *, old=None, at_rollout=None, dtype=torch.float64, rows=slice(None)):
         """Value, gradient [T, V] and terms of a loss on some rows."""
         logits = torch.tensor(self.logits[rows], dtype=dtype, requires_grad=True)
         tokens = torch.tensor(self.tokens[rows])
@@ -70,7 +78,7 @@ class Batch:
 
         terms = TokenTerms(
             logprob=torch.log_softmax(logits, dim=1).gather(1, tokens[:, None])[:, 0],
-            divergence=torch.zeros(len(tokens), dtype=logits.dtype),
+            divergence=(torch.softmax(logits, dim=1) ** 2).sum(dim=1),  # no matter which token was drawn
             old_logprob=None if old is None else chosen(old),
             teacher_logprob=chosen(np.where(self.correct, 0.0, self.teacher)),
             reference_logprob=chosen(self.reference),
@@ -78,6 +86,8 @@ class Batch:
             distill=chosen(np.where(self.correct, 0.0, self.coefficient)),
             advantage=chosen(self.advantage),
             reference_kl=chosen(np.full(len(self.tokens), KL_COEFFICIENT / len(self.tokens))),
+            engine_logprob=chosen(self.engine),
+            rollout_logprob=None if at_rollout is None else chosen(at_rollout),
         )
         value = loss(terms)
         (gradient,) = torch.autograd.grad(value, logits)
@@ -151,7 +161,8 @@ def test_the_incorrect_path_is_a_one_sample_estimator_of_reverse_kl():
     teacher = torch.log_softmax(torch.randn(VOCAB, dtype=torch.float64), dim=0)
     logprobs = torch.log_softmax(logits, dim=0)
     zeros = torch.zeros(VOCAB, dtype=torch.float64)
-    terms = TokenTerms(logprobs, zeros, None, teacher, zeros, zeros, logprobs.exp().detach(), zeros, zeros)
+    chance = logprobs.exp().detach()
+    terms = TokenTerms(logprobs, zeros, None, teacher, zeros, zeros, chance, zeros, zeros, zeros)
     (estimated,) = torch.autograd.grad(scope_loss(terms), logits, retain_graph=True)
     kl = (logprobs.exp() * (logprobs - teacher)).sum()
     (exact,) = torch.autograd.grad(kl, logits)
@@ -268,3 +279,98 @@ def test_float32_terms_give_the_float64_result_to_float32_precision(loss):
     assert value.dtype == torch.float32
     assert value.item() == pytest.approx(exact.item(), rel=2e-6)
     np.testing.assert_allclose(gradient, exact_gradient, rtol=1e-4, atol=1e-6)
+
+
+# ---- the correction of the engine's draws
+
+
+CAP = 1.3
+
+
+def kl_to_the_initial_student(terms):
+    return (terms.reference_kl * reference_kl(terms)).sum()
+
+
+# Each loss with what of it is no expectation over the draws.
+PARTS = {
+    scope_loss: None,
+    official_loss: None,
+    likelihood_loss: None,
+    distillation_surrogate: None,
+    divergence_loss: divergence_loss,
+    exact_scope_loss: divergence_loss,
+    policy_gradient_loss: kl_to_the_initial_student,
+    clipped_policy_gradient: kl_to_the_initial_student,
+}
+
+
+@pytest.mark.parametrize(("loss", "rest_of"), PARTS.items())
+@pytest.mark.parametrize("at_rollout_given", [False, True])
+@pytest.mark.parametrize("old_given", [False, True])
+def test_each_drawn_token_counts_by_its_truncated_ratio_and_nothing_else_does(
+    loss, rest_of, old_given, at_rollout_given
+):
+    batch = Batch()
+    options = {
+        "old": batch.old if old_given else None,
+        "at_rollout": batch.at_rollout if at_rollout_given else None,
+    }
+    value, gradient = batch.run(corrected(loss, CAP), **options)
+    ratio = np.exp((batch.at_rollout if at_rollout_given else batch.current()) - batch.engine)
+    assert 0.2 < (ratio > CAP).mean() < 0.8
+    expected, expected_gradient = 0.0, []
+    for t, factor in enumerate(np.minimum(ratio, CAP)):
+        whole, of_whole = batch.run(loss, **options, rows=slice(t, t + 1))
+        rest, of_rest = torch.zeros(()), np.zeros_like(of_whole)
+        if rest_of:
+            rest, of_rest = batch.run(rest_of, **options, rows=slice(t, t + 1))
+        expected += factor * (whole - rest).item() + rest.item()
+        expected_gradient.append(factor * (of_whole - of_rest) + of_rest)
+    assert value.item() == pytest.approx(expected, rel=1e-12)
+    np.testing.assert_allclose(gradient, np.concatenate(expected_gradient), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("loss", PARTS)
+def test_an_engine_that_agrees_with_the_trainer_is_not_corrected(loss):
+    batch = Batch()
+    batch.engine = batch.current()
+    value, gradient = batch.run(loss)
+    same_value, same_gradient = batch.run(corrected(loss, 1.0))
+    assert value.item() == pytest.approx(same_value.item(), rel=1e-12)
+    np.testing.assert_allclose(gradient, same_gradient, rtol=1e-12, atol=1e-15)
+
+
+def over_the_engines_draws(cap):
+    """The gradient that the sampled reverse KL has on average over an engine's draws, and the exact one."""
+    torch.manual_seed(0)
+    logits = torch.randn(VOCAB, dtype=torch.float64, requires_grad=True)
+    teacher, engine = torch.log_softmax(torch.randn(2, VOCAB, dtype=torch.float64), dim=1)
+    logprobs = torch.log_softmax(logits, dim=0)
+    zeros = torch.zeros(VOCAB, dtype=torch.float64)
+    terms = TokenTerms(logprobs, zeros, None, teacher, zeros, zeros, engine.exp(), zeros, zeros, engine)
+    loss = distillation_surrogate if cap is None else corrected(distillation_surrogate, cap)
+    (average,) = torch.autograd.grad(loss(terms), logits, retain_graph=True)
+    (exact,) = torch.autograd.grad((logprobs.exp() * (logprobs - teacher)).sum(), logits)
+    return average, exact
+
+
+def test_corrected_draws_of_another_engine_estimate_the_students_reverse_kl():
+    average, exact = over_the_engines_draws(cap=1e9)
+    torch.testing.assert_close(average, exact, rtol=1e-12, atol=1e-14)
+
+
+def test_a_lower_cap_leaves_more_of_the_bias():
+    biases = [
+        float((average - exact).norm())
+        for average, exact in map(over_the_engines_draws, (8.0, 2.0, 1.2, None))
+    ]
+    assert all(lower < higher for lower, higher in itertools.pairwise(biases))
+
+
+def test_a_token_that_the_engine_deemed_impossible_counts_by_the_cap():
+    batch = Batch()
+    batch.engine = batch.current() - 1000.0
+    value, gradient = batch.run(corrected(scope_loss, 2.0))
+    plain, plain_gradient = batch.run(scope_loss)
+    assert value.item() == pytest.approx(2 * plain.item(), rel=1e-12)
+    np.testing.assert_allclose(gradient, 2 * plain_gradient, rtol=1e-12)
