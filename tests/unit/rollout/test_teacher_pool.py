@@ -61,7 +61,7 @@ def test_each_response_gets_its_own_scores() -> None:
 def test_responses_that_wait_together_share_requests_up_to_the_limit() -> None:
     async def test() -> None:
         async with FakeTeacher() as fake, pool_over(fake.url) as pool:
-            requests = [request(n, targets=range(length)) for n, length in enumerate((47, 47, 1, 200, 5, 5))]
+            requests = [request(n, targets=[4] * length) for n, length in enumerate((47, 47, 1, 200, 5, 5))]
             await score_all(pool, requests)
             # 100 tokens at most, prompts of 3 included; the long one stands alone.
             assert [[len(ids) for ids in batch] for batch in fake.batches[1:]] == [
@@ -90,7 +90,7 @@ def test_the_next_request_goes_where_the_fewest_tokens_are_outstanding() -> None
         async with FakeTeacher() as one, FakeTeacher() as two, pool_over(one.url, two.url) as pool:
             one.delay_s = two.delay_s = 0.1
             lengths = (90, 97, 97, 97)
-            await score_all(pool, [request(n, targets=range(length)) for n, length in enumerate(lengths)])
+            await score_all(pool, [request(n, targets=[4] * length) for n, length in enumerate(lengths)])
             assert [len(ids) for ids in scored(one)] == [93, 100]
             assert [len(ids) for ids in scored(two)] == [100, 100]
 
