@@ -30,6 +30,7 @@ TORCH = "torch==2.13.0"  # the only one whose dependencies pip chooses: they dif
 SOURCES = Path(__file__).resolve().parent / "sglang_cpu"
 REQUIREMENTS = SOURCES / "requirements.txt"
 STAND_INS = ("import_only.py", "torchvision", "sgl_kernel")  # of SOURCES; why: import_only.py
+STARTED = ".megatron_scope_started"  # written first: the folder is this script's
 DONE = ".megatron_scope_done"  # written last
 ERROR_LINES = 15  # of a failed command's output
 # What a server imports at its start, so that a broken environment is found here.
@@ -93,10 +94,12 @@ def supported() -> bool:
 
 
 def _make(folder: Path, python: Path) -> None:
-    if folder.exists() and not (folder / "pyvenv.cfg").exists() and any(folder.iterdir()):
+    if folder.exists() and not (folder / STARTED).exists() and any(folder.iterdir()):
         raise InstallError(f"{folder} holds something else; give an empty or new folder to --dir")
     _say(f"installing sglang {SGLANG} for the CPU into {folder}; this takes some minutes")
-    shutil.rmtree(folder, ignore_errors=True)  # an unfinished one: its python paths are made for this place
+    _remove(folder)
+    folder.mkdir(parents=True)  # in its place from the start: an environment cannot be moved
+    (folder / STARTED).touch()
     _run([sys.executable, "-m", "venv", str(folder)], "making the environment")
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
     _run([*pip, TORCH], "installing torch")
@@ -105,6 +108,15 @@ def _make(folder: Path, python: Path) -> None:
     _add_stand_ins(python)
     _run([str(python), "-c", PROOF], "importing what was installed")
     (folder / DONE).write_text(f"{fingerprint()}\n", encoding="utf-8")
+
+
+def _remove(folder: Path) -> None:
+    """An unfinished environment, out of the way at once: a removal that is cut short is not met again."""
+    aside = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _add_stand_ins(python: Path) -> None:
