@@ -41,8 +41,8 @@ def sample_seed(run_seed: int, step: int, prompt_id: str, sample: int) -> int:
 def generate_body(request: RolloutRequest, params: SamplingParams, *, sending: int = 0) -> dict[str, Any]:
     """The /generate body of one single-sample request, in SGLang's fields only.
 
-    `sending` sets its request id apart from earlier ones: a server may still hold the request under the first.
-    SGLang ends every request whose id begins with that of an aborted one, so no id is the beginning of another.
+    `sending` sets its request id apart from earlier ones: a server may still hold the request under those.
+    SGLang ends every request whose id begins with that of an aborted one, so no id is another's beginning.
     """
     return {
         "input_ids": list(request.prompt.token_ids),
