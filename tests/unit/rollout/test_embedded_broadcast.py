@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
+import uuid
 from collections.abc import Awaitable, Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +24,58 @@ from megatron_scope.rollout.embedded.options import ServeOptions
 from tests.unit.rollout.bench import mixed_bodies
 
 Make = Callable[..., Path]
-GROUP = "a-group"
+
+
+def serve_sender(connection: Connection) -> None:
+    """The sending rank, in a process of its own: a process knows each group once."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    connection.send(store.port)
+    group: Any = None
+    while (command := connection.recv()) is not None:
+        name, argument = command
+        if name == "join":
+            settings: dict[str, Any] = {"world_size": 2, "backend": "gloo", "timeout_s": 20}
+            group = weight_group.join(store, rank=weight_group.SENDER, name=argument, **settings)
+        elif name == "send":
+            weight_group.broadcast(group, argument).wait()
+        elif group is not None:
+            weight_group.leave(group)
+            group = None
+        connection.send("done")
+
+
+class Sender:
+    """Drives that process; one command at a time."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=serve_sender, args=(theirs,), daemon=True)
+        self._process.start()
+        self.port: int = self._connection.recv()
+
+    def do(self, name: str, argument: Any = None) -> None:
+        self._connection.send((name, argument))
+        assert self._connection.poll(30) and self._connection.recv() == "done"
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+@pytest.fixture(scope="module")
+def sender() -> Iterator[Sender]:
+    sender = Sender()
+    yield sender
+    sender.close()
 
 
 class Trainer:
-    """The other side: a store, a group, and requests to the server."""
+    """The other side: a sending rank, and requests to the server."""
 
-    def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self.group: dist.ProcessGroup | None = None
-        self._url, self._session = url, session
+    def __init__(self, url: str, session: aiohttp.ClientSession, sender: Sender) -> None:
+        self.group = f"group-{uuid.uuid4()}"
+        self._url, self._session, self._sender = url, session, sender
 
     async def post(self, path: str, body: Any) -> tuple[int, Any]:
         async with self._session.post(self._url + path, json=body) as response:
@@ -43,66 +88,67 @@ class Trainer:
     async def join(self, **changes: Any) -> tuple[int, Any]:
         body = {
             "master_address": "127.0.0.1",
-            "master_port": self.store.port,
+            "master_port": self._sender.port,
             "rank_offset": 1,
             "world_size": 2,
-            "group_name": GROUP,
+            "group_name": self.group,
             "backend": "gloo",
             **changes,
         }
         posted = asyncio.create_task(self.post("/init_weights_update_group", body))
         if not changes:
-            settings: dict[str, Any] = {"world_size": 2, "name": GROUP, "backend": "gloo", "timeout_s": 20}
-            self.group = await asyncio.to_thread(weight_group.join, self.store, rank=0, **settings)
+            await asyncio.to_thread(self._sender.do, "join", self.group)
         return await posted
+
+    def bucket(self, shapes: dict[str, list[int]]) -> dict[str, Any]:
+        return {
+            "names": list(shapes),
+            "dtypes": ["float32"] * len(shapes),
+            "shapes": list(shapes.values()),
+            "group_name": self.group,
+            "load_format": "flattened_bucket",
+        }
 
     async def send(self, tensors: dict[str, torch.Tensor]) -> tuple[int, Any]:
         """One bucket with all of them."""
-        assert self.group is not None
-        body = bucket({name: list(value.shape) for name, value in tensors.items()})
-        body["dtypes"] = [str(value.dtype).removeprefix("torch.") for value in tensors.values()]
+        body = self.bucket({name: list(value.shape) for name, value in tensors.items()})
         posted = asyncio.create_task(self.post("/update_weights_from_distributed", body))
         flat = torch.cat([value.contiguous().view(-1).view(torch.uint8) for value in tensors.values()])
-        await asyncio.to_thread(weight_group.broadcast(self.group, flat).wait)
+        await asyncio.to_thread(self._sender.do, "send", flat)
         return await posted
 
     def leave(self) -> None:
-        if self.group is not None:
-            weight_group.leave(self.group)
-            self.group = None
+        self._sender.do("leave")
 
 
-def bucket(shapes: dict[str, list[int]]) -> dict[str, Any]:
-    return {
-        "names": list(shapes),
-        "dtypes": ["float32"] * len(shapes),
-        "shapes": list(shapes.values()),
-        "group_name": GROUP,
-        "load_format": "flattened_bucket",
-    }
+@pytest.fixture
+def on_server(sender: Sender) -> Callable[..., None]:
+    """on_server(folder, test, load_format="auto") runs `test` against a server in this process."""
+
+    def run(folder: Path, test: Callable[[Trainer], Awaitable[None]], load_format: Any = "auto") -> None:
+        asyncio.run(against_server(folder, test, load_format, sender))
+
+    return run
 
 
-def on_server(folder: Path, test: Callable[[Trainer], Awaitable[None]], load_format: Any = "auto") -> None:
-    """Runs `test` against a server in this process."""
-
-    async def run() -> None:
-        model = ServedModel(str(folder), "float32", load_format)
-        options = ServeOptions(model=str(folder), max_running_requests=8)
-        app = EmbeddedApp(options, model, lambda ids, skip: "", None)
-        runner = web.AppRunner(app.application(), shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        url = "http://{}:{}".format(*runner.addresses[0][:2])
-        async with aiohttp.ClientSession() as session:
-            trainer = Trainer(url, session)
-            try:
-                await asyncio.wait_for(test(trainer), 60)
-            finally:
-                trainer.leave()
-                await runner.cleanup()
-                app.close()
-
-    asyncio.run(run())
+async def against_server(
+    folder: Path, test: Callable[[Trainer], Awaitable[None]], load_format: Any, sender: Sender
+) -> None:
+    model = ServedModel(str(folder), "float32", load_format)
+    options = ServeOptions(model=str(folder), max_running_requests=8)
+    app = EmbeddedApp(options, model, lambda ids, skip: "", None)
+    runner = web.AppRunner(app.application(), shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    url = "http://{}:{}".format(*runner.addresses[0][:2])
+    async with aiohttp.ClientSession() as session:
+        trainer = Trainer(url, session, sender)
+        try:
+            await asyncio.wait_for(test(trainer), 60)
+        finally:
+            await asyncio.to_thread(trainer.leave)
+            await runner.cleanup()
+            app.close()
 
 
 async def answers(trainer: Trainer) -> list[Any]:
@@ -126,7 +172,9 @@ def halves(weights: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3_moe"])
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
-def test_broadcast_weights_answer_as_those_from_disk(family: str, load_format: str, make_model: Make) -> None:
+def test_broadcast_weights_answer_as_those_from_disk(
+    family: str, load_format: str, make_model: Make, on_server: Any
+) -> None:
     new = make_model(family, seed=1)
 
     async def by_broadcast(trainer: Trainer) -> None:
@@ -139,7 +187,7 @@ def test_broadcast_weights_answer_as_those_from_disk(family: str, load_format: s
         assert (await trainer.post("/end_weight_update", {}))[0] == 200
         found.append(await answers(trainer))
         assert found[0] != before
-        assert (await trainer.post("/destroy_weights_update_group", {"group_name": GROUP}))[0] == 200
+        assert (await trainer.post("/destroy_weights_update_group", {"group_name": trainer.group}))[0] == 200
 
     async def by_disk(trainer: Trainer) -> None:
         assert (await trainer.post("/update_weights_from_disk", {"model_path": str(new)}))[0] == 200
@@ -151,6 +199,7 @@ def test_broadcast_weights_answer_as_those_from_disk(family: str, load_format: s
     assert found[0] == found[1]
 
 
+@torch.inference_mode()
 def test_bfloat16_arrives_as_its_float32_values(make_model: Make) -> None:
     weights = {name: value.bfloat16() for name, value in weights_of(make_model(seed=1)).items()}
     model = ServedModel(str(make_model()), "float32")
@@ -162,7 +211,7 @@ def test_bfloat16_arrives_as_its_float32_values(make_model: Make) -> None:
     assert (model.prefill((1, 2, 3), None).logits == expected).all()
 
 
-def test_the_version_is_named_apart_from_the_weights(make_model: Make) -> None:
+def test_the_version_is_named_apart_from_the_weights(make_model: Make, on_server: Any) -> None:
     async def test(trainer: Trainer) -> None:
         body = {"new_version": "incomplete-3", "abort_all_requests": False}
         assert (await trainer.post("/update_weight_version", body))[0] == 200
@@ -175,7 +224,9 @@ def test_the_version_is_named_apart_from_the_weights(make_model: Make) -> None:
     on_server(make_model(), test)
 
 
-def test_weights_that_are_not_whole_are_refused_at_the_end_and_the_old_ones_stay(make_model: Make) -> None:
+def test_weights_that_are_not_whole_are_refused_at_the_end_and_the_old_ones_stay(
+    make_model: Make, on_server: Any
+) -> None:
     good = weights_of(make_model(seed=1))
     name = "model.layers.0.mlp.up_proj.weight"
     wrong: dict[str, dict[str, torch.Tensor]] = {
@@ -197,22 +248,22 @@ def test_weights_that_are_not_whole_are_refused_at_the_end_and_the_old_ones_stay
     on_server(make_model(), test)
 
 
-def test_what_is_out_of_order_is_refused_as_by_sglang(make_model: Make) -> None:
+def test_what_is_out_of_order_is_refused_as_by_sglang(make_model: Make, on_server: Any) -> None:
     async def test(trainer: Trainer) -> None:
         update, shapes = "/update_weights_from_distributed", {"a": [2]}
-        status, answer = await trainer.post(update, bucket(shapes))
+        status, answer = await trainer.post(update, trainer.bucket(shapes))
         assert status == 400 and "begin_weight_update" in answer["message"]
         status, answer = await trainer.post("/end_weight_update", {})
         assert status == 400 and "no weight-update session is open" in answer["message"]
         assert (await trainer.post("/begin_weight_update", {}))[0] == 200
         status, answer = await trainer.post("/begin_weight_update", {})
         assert status == 400 and "already open" in answer["message"]
-        status, answer = await trainer.post(update, bucket(shapes))
-        assert status == 400 and "no group a-group" in answer["message"]
+        status, answer = await trainer.post(update, trainer.bucket(shapes))
+        assert status == 400 and "there is no group" in answer["message"]
         for change in ({"load_format": None}, {"names": []}, {"shapes": [[1], [2]]}, {"dtypes": "float32"}):
-            status, answer = await trainer.post(update, {**bucket(shapes), **change})
+            status, answer = await trainer.post(update, {**trainer.bucket(shapes), **change})
             assert status == 400, change
-        status, answer = await trainer.post("/destroy_weights_update_group", {"group_name": GROUP})
+        status, answer = await trainer.post("/destroy_weights_update_group", {"group_name": trainer.group})
         assert status == 400 and "does not exist" in answer["message"]
         status, answer = await trainer.join(backend="nccl")
         assert status == 400 and "takes gloo" in answer["message"]
@@ -222,7 +273,7 @@ def test_what_is_out_of_order_is_refused_as_by_sglang(make_model: Make) -> None:
     on_server(make_model(), test)
 
 
-def test_a_trainer_that_goes_away_in_mid_transfer_changes_nothing(make_model: Make) -> None:
+def test_a_trainer_that_goes_away_in_mid_transfer_changes_nothing(make_model: Make, on_server: Any) -> None:
     weights = weights_of(make_model(seed=1))
 
     async def test(trainer: Trainer) -> None:
@@ -230,12 +281,12 @@ def test_a_trainer_that_goes_away_in_mid_transfer_changes_nothing(make_model: Ma
         await trainer.join()
         await trainer.post("/begin_weight_update", {})
         await trainer.send(next(halves(weights)))
-        body = bucket({name: list(value.shape) for name, value in weights.items()})
+        body = trainer.bucket({name: list(value.shape) for name, value in weights.items()})
         waiting = asyncio.create_task(trainer.post("/update_weights_from_distributed", body))
         await asyncio.sleep(0.2)
         trainer.leave()
         status, answer = await waiting
-        assert status == 400 and "the broadcast in the group a-group broke" in answer["message"]
+        assert status == 400 and "the broadcast in the group" in answer["message"]
         assert "\n" not in answer["message"]
         assert (await trainer.post("/end_weight_update", {}))[0] == 400
         assert await answers(trainer) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -22,7 +23,7 @@ def test_every_tensor_travels_once_in_order_within_the_limit(dtype, max_bytes):
         assert bucket.num_bytes == sum(math.prod(shape) for shape in bucket.shapes) * dtype.itemsize
         assert bucket.num_bytes <= max_bytes or len(bucket.names) == 1
         assert [getattr(torch, name) for name in bucket.dtypes] == [dtype] * len(bucket.names)
-    for first, second in zip(buckets, buckets[1:], strict=False):
+    for first, second in itertools.pairwise(buckets):
         assert first.num_bytes + math.prod(second.shapes[0]) * dtype.itemsize > max_bytes
 
 
