@@ -136,7 +136,6 @@ def servers(sglang_servers: SglangServers, students: dict[str, Path]) -> Iterato
 def test_sglang_answers_as_the_trainer_and_as_a_server_with_the_weights_from_disk(
     pool, settings, servers, students, tmp_path, name, layout
 ):
-    """Part of the same file shows that weights from disk answer as a restart; see test_sglang.py."""
     server = servers[name]
     num_ranks, parallel = LAYOUTS[layout]
     settings = changed(
@@ -151,7 +150,9 @@ def test_sglang_answers_as_the_trainer_and_as_a_server_with_the_weights_from_dis
         assert row["logprob_gap_max"] < TOLERANCE and row["parity_gap_max"] < TOLERANCE
     assert http(server, "/model_info")["weight_version"] == "2"
     sent = greedy(server)
-    update = {"model_path": str(tmp_path / "run" / "hf"), "weight_version": "3", "flush_cache": True}
+    # A server started with dummy weights takes a folder for such a one, unless told otherwise.
+    folder = {"model_path": str(tmp_path / "run" / "hf"), "load_format": "auto"}
+    update = {**folder, "weight_version": "3", "flush_cache": True}
     assert http(server, "/update_weights_from_disk", update)["success"]
     assert greedy(server) == sent
 
