@@ -4,8 +4,8 @@
     python examples/quickstart/served.py --seeds 1234,1235
 
 SGLang is installed by tools/install_sglang_cpu.py and started by `megatron-scope launch`. The student before
-training and its embedded run are study.py's, made where they are not there yet. All models answer the held-out
-problems on the embedded engine, with the same seeds. What is done is not done again: remove
+training and its embedded run are study.py's, made where they are not there yet. All models answer the
+held-out problems on the embedded engine, with the same seeds. What is done is not done again: remove
 RUNS/seedN/scope_sglang for another run.
 """
 
