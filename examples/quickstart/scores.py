@@ -28,6 +28,7 @@ from megatron_scope.evaluate.metrics import (
 )
 
 BASE = "base"
+SERVED = "scope_sglang"  # SCOPE with the responses of a real SGLang server; served.py trains it
 TEMPERATURES = ("1.0", "0.6")
 K = 8
 RESAMPLES = 2000
@@ -37,6 +38,7 @@ LABELS = {
     "opd": "OPD",
     "grpo": "GRPO",
     "scope": "SCOPE",
+    SERVED: "SCOPE, SGLang's responses",
     "reverse_kl": "SCOPE, exact reverse KL",
     "student_0": "SCOPE, student exponent 0",
     "student_reversed": "SCOPE, student exponent -1",

@@ -94,27 +94,37 @@ class Seed:
         )
         return Task(self.seed, name, (self._train(f"{name}_sft", name, overrides),))
 
-    def method(self, name: str) -> Task:
-        """Trains by a method of METHODS and samples what it made at every temperature."""
+    @property
+    def student(self) -> Path:
+        """The model that every method starts from."""
+        return self.folder / "student" / "hf"
+
+    def method(self, name: str, changes: Sequence[str] = ()) -> Task:
+        """Trains with `changes` to scope.yaml and samples what it made at every temperature; BASE is the
+        student as it is.
+        """
         commands = []
         if name != BASE:
             overrides = [
-                f"student.hf={self.folder / 'student' / 'hf'}",
+                f"student.hf={self.student}",
                 f"teacher.hf={self.folder / 'teacher' / 'hf'}",
                 f"data.train={self.data / 'train.jsonl'}",
-                *METHODS[name],
+                *changes,
             ]
             if self.settings.steps is not None:
                 overrides.append(f"run.steps={self.settings.steps}")
             commands.append(self._train("scope", name, overrides))
-        model = self.folder / ("student" if name == BASE else name) / "hf"
+        model = self.student if name == BASE else self.folder / name / "hf"
         commands += [self._evaluate(name, model, temperature) for temperature in TEMPERATURES]
         return Task(self.seed, name, tuple(commands))
+
+    def is_trained(self, run: str) -> bool:
+        return (self.folder / run / "hf" / "config.json").exists()
 
     def _train(self, config: str, run: str, overrides: Sequence[str]):
         output = self.folder / run
         command = ("megatron-scope", "train", str(HERE / f"{config}.yaml"), f"run.output_dir={output}")
-        return (output / "hf" / "config.json").exists, (*command, f"run.seed={self.seed}", *overrides)
+        return lambda: self.is_trained(run), (*command, f"run.seed={self.seed}", *overrides)
 
     def _evaluate(self, name: str, model: Path, temperature: str):
         output = evaluation_file(self.folder, name, temperature)
@@ -145,12 +155,12 @@ def run_study(settings: Settings) -> None:
     stages = (
         [seed.make_data() for seed in seeds],
         [seed.train_model(name) for seed in seeds for name in ("teacher", "student")],
-        [seed.method(name) for seed in seeds for name in settings.methods],
+        [seed.method(name, METHODS[name]) for seed in seeds for name in settings.methods],
     )
     for tasks in stages:
         executor = ThreadPoolExecutor(settings.jobs)
         try:
-            for future in as_completed([executor.submit(_run_task, settings, task) for task in tasks]):
+            for future in as_completed([executor.submit(run_task, settings, task) for task in tasks]):
                 task, seconds = future.result()
                 if seconds is not None:
                     elapsed = time.monotonic() - started
@@ -159,7 +169,7 @@ def run_study(settings: Settings) -> None:
             executor.shutdown(cancel_futures=True)
 
 
-def _run_task(settings: Settings, task: Task) -> tuple[Task, float | None]:
+def run_task(settings: Settings, task: Task) -> tuple[Task, float | None]:
     """The task with its seconds, None where all was there."""
     started, did_something = time.monotonic(), False
     for number, (is_done, command) in enumerate(task.commands):
@@ -169,34 +179,37 @@ def _run_task(settings: Settings, task: Task) -> tuple[Task, float | None]:
     return task, time.monotonic() - started if did_something else None
 
 
+def environment() -> dict[str, str]:
+    """Of the commands: each keeps to a core, and none looks for a model on a hub."""
+    settings = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {"OMP_NUM_THREADS": "1", **os.environ, **settings}
+
+
 def _run_command(log: Path, command: Sequence[str]) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {
-        "OMP_NUM_THREADS": "1",
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
     with log.open("w", encoding="utf-8") as file:
         file.write(f"$ {shlex.join(command)}\n")
         file.flush()
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment()).returncode
     if code != 0:
         last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
         raise StudyError(f"{command[0]} {command[1]} ended with code {code}; {log} ends: {last}")
 
 
-def parse(arguments: Sequence[str] | None) -> tuple[Settings, Path, str]:
-    """(settings, folder of results, name of results); StudyError for what cannot be."""
+def parse(arguments: Sequence[str] | None, **defaults: str) -> tuple[Settings, Path, str]:
+    """(settings, folder of results, name of results); StudyError for what cannot be. `defaults` replace
+    those of the options that they name.
+    """
     parser = argparse.ArgumentParser(description="Compares training methods on the quickstart's task.")
-    parser.add_argument("--seeds", default="1234,1235,1236", help="default 1234,1235,1236")
+    parser.add_argument("--seeds", default="1234,1235,1236", help="default %(default)s")
     parser.add_argument("--methods", default=",".join(METHODS), help="default all: %(default)s")
     parser.add_argument("--samples", type=int, default=32, metavar="N", help="for each problem (default 32)")
     parser.add_argument("--steps", type=int, metavar="N", help="training steps (default: scope.yaml's)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="commands at a time (default 2)")
     parser.add_argument("--runs", type=Path, default=Path("runs/quickstart"), metavar="DIR")
     parser.add_argument("--results", type=Path, default=HERE / "results", metavar="DIR")
-    parser.add_argument("--name", default="study", help="of the results' files (default study)")
+    parser.add_argument("--name", default="study", help="of the results' files (default %(default)s)")
+    parser.set_defaults(**defaults)
     options = parser.parse_args(arguments)
     try:
         seeds = tuple(dict.fromkeys(int(seed) for seed in options.seeds.split(",")))

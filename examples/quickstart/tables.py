@@ -66,7 +66,7 @@ def _scores(results: dict[str, list[Result]]) -> str:
             _values(of_seeds, lambda result: result.diversity.self_bleu, 2),
         ]
         rows.append(row)
-    return _table([*header, "solutions", "distinct-2", "self-BLEU"], rows)
+    return table([*header, "solutions", "distinct-2", "self-BLEU"], rows)
 
 
 def _gains(
@@ -77,7 +77,7 @@ def _gains(
         for method, of_seeds in results.items()
         if method != BASE
     ]
-    return _table(["method", *(f"seed {seed}" for seed in comparison.seeds)], rows)
+    return table(["method", *(f"seed {seed}" for seed in comparison.seeds)], rows)
 
 
 def _legend(comparison: Comparison) -> str:
@@ -104,10 +104,10 @@ def _gradients(comparison: Comparison) -> list[str]:
     rows = [
         [
             LABELS[method],
-            _each([path.correct for path in of_seeds], 2),
-            _each([path.incorrect for path in of_seeds], 2),
-            _each([path.incorrect_noise for path in of_seeds], 2),
-            _each([path.incorrect_noise_share for path in of_seeds], 2),
+            each([path.correct for path in of_seeds], 2),
+            each([path.incorrect for path in of_seeds], 2),
+            each([path.incorrect_noise for path in of_seeds], 2),
+            each([path.incorrect_noise_share for path in of_seeds], 2),
         ]
         for method, of_seeds in comparison.gradients.items()
     ]
@@ -118,15 +118,15 @@ def _gradients(comparison: Comparison) -> list[str]:
             "responses, from the difference between halves of the step's prompts (-: not measured).",
             width=TEXT_WIDTH,
         ),
-        _table(["method", "correct", "incorrect", "noise of incorrect", "noise / norm"], rows),
+        table(["method", "correct", "incorrect", "noise of incorrect", "noise / norm"], rows),
     ]
 
 
 def _values(results: Sequence[Result], measure: Measure, digits: int) -> str:
-    return _each([measure(result) for result in results], digits)
+    return each([measure(result) for result in results], digits)
 
 
-def _each(values: Sequence[float | None], digits: int) -> str:
+def each(values: Sequence[float | None], digits: int) -> str:
     """The mean, and in brackets what it is the mean of; `-` where a value is missing."""
     known = [value for value in values if value is not None and not np.isnan(value)]
     if len(known) < len(values):
@@ -139,7 +139,7 @@ def _signed(gain: Estimate | None) -> str:
     return "" if gain is None else f"{gain.value:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with columns of equal width, numbers to the right."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
 

@@ -25,6 +25,9 @@ Device = Literal["cuda", "cpu"]
 
 # SGLang ends a response at this many tokens below the context length, without a word.
 CONTEXT_MARGIN_TOKENS = 2
+# "The capital city of France is" at a token a byte, and 8 tokens of response: what SGLang asks itself first.
+# A server whose context has no room for that ends.
+WARM_UP_TOKENS = 29 + 8
 # Key-value cache of a server on a CPU, unless one sequence is longer: left to itself SGLang takes most of the
 # machine's memory.
 CPU_CACHE_TOKENS = 65536
@@ -135,6 +138,7 @@ def _model(config: Config, role: Role) -> tuple[Path, list[str]]:
 
 
 def _context_length(config: Config, folder: Path) -> int:
+    """Of the config's longest sequence, or of SGLang's own first one where that is longer and fits."""
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     needed = longest + CONTEXT_MARGIN_TOKENS
     positions = _max_positions(folder)
@@ -144,7 +148,8 @@ def _context_length(config: Config, folder: Path) -> int:
             f"positions and SGLang keeps {CONTEXT_MARGIN_TOKENS} of them to itself; lower one of the two to "
             f"a sum of {positions - CONTEXT_MARGIN_TOKENS}"
         )
-    return needed
+    warm_up = WARM_UP_TOKENS + CONTEXT_MARGIN_TOKENS
+    return max(needed, warm_up if positions is None else min(warm_up, positions))
 
 
 def _max_positions(folder: Path) -> int | None:

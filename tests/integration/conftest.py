@@ -14,6 +14,7 @@ import yaml
 
 from tests.helpers import sglang
 from tests.helpers.models import save_qwen2
+from tests.helpers.settings import changed
 
 COMMAND = [sys.executable, "-m", "megatron_scope"]
 
@@ -176,3 +177,22 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
         {key: value for key, value in row.items() if key not in ("seconds", "tokens_per_second")}
         for row in rows
     ]
+
+
+# ---- runs that are long enough to learn something
+
+LEAST_GAIN = 0.1  # what every method and engine gains at the least
+EDGE_STEPS = 5
+
+
+def learning(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with enough steps and samples to lift its weak student."""
+    sizes = {"prompts_per_step": 32, "samples_per_prompt": 8, "max_new_tokens": 4}
+    optimizer = {"lr": 1e-3, "weight_decay": 0.0}
+    return changed(config, run={"steps": 25}, rollout=sizes, optimizer=optimizer)
+
+
+def accuracy_gain(run_dir: Path) -> float:
+    """Accuracy of fresh samples at the rollout temperature: the last five steps over the first five."""
+    accuracy = [row["accuracy"] for row in metrics(run_dir)]
+    return (sum(accuracy[-EDGE_STEPS:]) - sum(accuracy[:EDGE_STEPS])) / EDGE_STEPS

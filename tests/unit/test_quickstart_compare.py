@@ -1,27 +1,17 @@
 """The quickstart's comparison: numbers by hand, tables and picture, and one line for wrong input."""
 
-import importlib
 import json
 import random
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_scope.evaluate.diversity import diversity
 from megatron_scope.evaluate.metrics import pass_at_k
+from tests.helpers.quickstart import load
 
-QUICKSTART = Path(__file__).resolve().parents[2] / "examples" / "quickstart"
-
-
-def _load(name):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(QUICKSTART)
-        return importlib.import_module(name)
-
-
-task, scores, tables, plot, compare = map(_load, ("task", "scores", "tables", "plot", "compare"))
+task, scores, tables, plot, compare = map(load, ("task", "scores", "tables", "plot", "compare"))
 
 EASY, HARD = "94580", "13942"
 UNMEASURED = (None, None, None)

@@ -1,10 +1,8 @@
 """The quickstart's study: what it runs, in which order, and what it leaves alone when it is started again."""
 
 import dataclasses
-import json
 import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,59 +10,9 @@ import pytest
 
 from megatron_scope.config import load_config
 from megatron_scope.config.check import check_config
+from tests.helpers.quickstart import QUICKSTART, Commands, load
 
-QUICKSTART = Path(__file__).resolve().parents[2] / "examples" / "quickstart"
-sys.path.insert(0, str(QUICKSTART))  # its files import each other as a script's neighbours
-
-import study  # noqa: E402
-
-
-class Commands:
-    """Stands in for the commands: keeps their words, and leaves behind the files that tell they are done."""
-
-    def __init__(self):
-        self.ran = []
-        self.environments = []
-        self.fails = lambda words: False
-
-    def run(self, words, *, stdout, stderr, env):
-        self.ran.append(list(words))
-        self.environments.append(env)
-        if self.fails(words):
-            stdout.write("reading\nmegatron-scope: no space left\n")
-            stdout.flush()
-            return subprocess.CompletedProcess(words, 3)
-        if words[0] == "mv":
-            Path(words[1]).rename(words[2])
-        elif words[1].endswith("task.py"):
-            Path(words[3]).mkdir(parents=True)
-        elif words[1] == "train":
-            folder = Path(self.setting(words, "run.output_dir")) / "hf"
-            folder.mkdir(parents=True)
-            (folder / "config.json").write_text("{}")
-        else:
-            output, responses = (Path(self.option(words, name)) for name in ("--output", "--responses"))
-            output.parent.mkdir(exist_ok=True)
-            output.write_text(json.dumps({"num_samples": int(self.option(words, "--samples"))}))
-            responses.write_text("")
-        return subprocess.CompletedProcess(words, 0)
-
-    @staticmethod
-    def setting(words, key):
-        (value,) = [word.split("=", 1)[1] for word in words if word.startswith(f"{key}=")]
-        return value
-
-    @staticmethod
-    def option(words, name):
-        return words[words.index(name) + 1]
-
-    def trained(self):
-        """Names of the runs that were trained, in order."""
-        return [Path(self.setting(words, "run.output_dir")).name for words in self.ran if words[1] == "train"]
-
-    def evaluated(self):
-        """Files that were written by evaluations, in order."""
-        return [Path(self.option(words, "--output")).stem for words in self.ran if words[1] == "evaluate"]
+study = load("study")
 
 
 @pytest.fixture

@@ -72,6 +72,13 @@ def test_a_rollout_server_takes_the_students_folder_precision_lengths_and_concur
     assert made.environment == {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
+@pytest.mark.parametrize(("positions", "context"), [("null", "39"), ("64", "39"), ("24", "24")])
+def test_short_sequences_leave_room_for_sglangs_own_first_request(command, folders, positions, context):
+    (folders / "student" / "config.json").write_text(f'{{"max_position_embeddings": {positions}}}')
+    made = command({"data": {"max_prompt_tokens": 16}, "rollout": {"max_new_tokens": 4}})
+    assert flags(made)["--context-length"] == context
+
+
 def test_weights_that_were_not_published_have_no_number(command):
     """SGLang calls them "default", which no rollout may carry."""
     assert "--weight-version" not in flags(command())
