@@ -23,8 +23,9 @@ from megatron_scope.errors import ConfigError, DataError
 Role = Literal["rollout", "teacher"]
 Device = Literal["cuda", "cpu"]
 
-# SGLang ends a response at this many tokens below the context length, without a word.
-CONTEXT_MARGIN_TOKENS = 2
+# What SGLang keeps of its context: it ends a response two tokens below the length, without a word, and refuses
+# to score an input within seven of it.
+CONTEXT_MARGIN_TOKENS: Mapping[Role, int] = {"rollout": 2, "teacher": 7}
 # "The capital city of France is" at a token a byte, and 8 tokens of response: what SGLang asks itself first.
 # A server whose context has no room for that ends.
 WARM_UP_TOKENS = 29 + 8
@@ -97,7 +98,7 @@ def launch_command(config: Config, options: LaunchOptions) -> LaunchCommand:
     folder without a sound config.json.
     """
     folder, words = _model(config, options.role)
-    context = _context_length(config, folder)
+    context = _context_length(config, folder, options.role)
     words += ["--host", options.host, "--port", str(options.port)]
     words += ["--dtype", config.train.precision.value, "--context-length", str(context)]
     if options.tp > 1:
@@ -137,18 +138,20 @@ def _model(config: Config, role: Role) -> tuple[Path, list[str]]:
     return folder, words
 
 
-def _context_length(config: Config, folder: Path) -> int:
-    """Of the config's longest sequence, or of SGLang's own first one where that is longer and fits."""
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    needed = longest + CONTEXT_MARGIN_TOKENS
+def _context_length(config: Config, folder: Path, role: Role) -> int:
+    longest, margin = (
+        config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+        CONTEXT_MARGIN_TOKENS[role],
+    )
+    needed = longest + margin
     positions = _max_positions(folder)
     if positions is not None and needed > positions:
         raise ConfigError(
             f"data.max_prompt_tokens + rollout.max_new_tokens is {longest}, but {folder} has {positions} "
-            f"positions and SGLang keeps {CONTEXT_MARGIN_TOKENS} of them to itself; lower one of the two to "
-            f"a sum of {positions - CONTEXT_MARGIN_TOKENS}"
+            f"positions and SGLang keeps {margin} of them to itself; lower one of the two to a sum of "
+            f"{positions - margin}"
         )
-    warm_up = WARM_UP_TOKENS + CONTEXT_MARGIN_TOKENS
+    warm_up = WARM_UP_TOKENS + margin
     return max(needed, warm_up if positions is None else min(warm_up, positions))
 
 

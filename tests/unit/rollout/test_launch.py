@@ -92,6 +92,7 @@ def test_servers_on_different_ports_draw_different_noise(command):
 def test_a_teacher_server_takes_the_teachers_folder_and_bounds_the_logits_of_prompts(command, folders):
     made = command(role="teacher")
     assert flags(made)["--model-path"] == str(folders / "teacher")
+    assert flags(made)["--context-length"] == "103"  # 64 + 32, and the seven that SGLang keeps of an input
     assert "--max-running-requests" not in flags(made) and "--random-seed" not in flags(made)
     assert made.environment["SGLANG_ENABLE_LOGPROB_CHUNK"] == "1"
     assert int(made.environment["SGLANG_LOGPROB_CHUNK_SIZE"]) > 0
@@ -157,7 +158,7 @@ def test_the_shell_line_quotes_and_leaves_the_key_to_the_shell(command, folders,
             "is 255, but {folders}/student has 256 positions and SGLang keeps 2 of them to itself; lower one "
             "of the two to a sum of 254",
         ),
-        ({"rollout": {"max_new_tokens": 63}}, "teacher", "lower one of the two to a sum of 126"),
+        ({"rollout": {"max_new_tokens": 63}}, "teacher", "lower one of the two to a sum of 121"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(command, folders, sections, role, message):
