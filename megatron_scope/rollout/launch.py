@@ -23,8 +23,8 @@ from megatron_scope.errors import ConfigError, DataError
 Role = Literal["rollout", "teacher"]
 Device = Literal["cuda", "cpu"]
 
-# What SGLang keeps of its context: it ends a response two tokens below the length, without a word, and refuses
-# to score an input within seven of it.
+# What SGLang keeps of its context: it ends a response two tokens below the length, without a word, and
+# refuses to score an input within seven of it.
 CONTEXT_MARGIN_TOKENS: Mapping[Role, int] = {"rollout": 2, "teacher": 7}
 # "The capital city of France is" at a token a byte, and 8 tokens of response: what SGLang asks itself first.
 # A server whose context has no room for that ends.
