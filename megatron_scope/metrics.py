@@ -60,9 +60,9 @@ def step_metrics(
 
     Log-probs and KL in nats, lengths in tokens, times in seconds. `grad_noise_incorrect` is the root of the
     summed variance of the gradient whose norm is `grad_norm_incorrect`. The `parity_gap` is that of the gate
-    before the step, over a few tokens of every server; the `logprob_gap` is over the step's own. `scoring_hidden_share` is the share
-    of scoring time that fell before the last response was there. Only times and what follows from them vary
-    by run.
+    before the step, over a few tokens of every server; the `logprob_gap` is over the step's own.
+    `scoring_hidden_share` is the share of scoring time that fell before the last response was there. Only
+    times and what follows from them vary by run.
     """
     stats = update.stats
     paths = update.path_gradients

@@ -1,5 +1,5 @@
-"""The parity gate: tokens that every rollout server draws after it has taken new weights, scored by the trainer
-itself. Stale or other weights, another precision or tokenizer show there, before anything is learnt.
+"""The parity gate: tokens that every rollout server draws after it has taken new weights, scored by the
+trainer itself. Stale or other weights, another precision or tokenizer show there, before anything is learnt.
 """
 
 from __future__ import annotations

@@ -13,8 +13,6 @@ def pool() -> Iterator[Callable[[int], RankPool]]:
         pools: dict[int, RankPool] = {}
 
         def get(size: int) -> RankPool:
-            if size in pools and not pools[size].closed and pools[size].is_worn:
-                pools[size].close()
             if size not in pools or pools[size].closed:
                 pools[size] = RankPool(size)
                 stack.callback(pools[size].close)

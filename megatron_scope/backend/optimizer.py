@@ -74,10 +74,14 @@ class Trainable:
         """Ends training for good, so that model, buffers and process groups can be freed.
 
         The wrapper's hooks in autograd, which Python's collector cannot see, make cycles of them: through the
-        wrapper itself, and through the config to the optimizer, whose float32 shards are views of parameters.
+        wrapper itself, through the config to the optimizer, whose float32 shards are views of parameters, and
+        through the graph of the last routing probabilities, which Megatron's token dispatchers keep.
         """
         self.wrapped.grad_accs.clear()
         self.stage.config.grad_scale_func = None
+        for module in self.stage.module.modules():
+            if (dispatcher := getattr(module, "token_dispatcher", None)) is not None:
+                dispatcher.probs = None
 
 
 def make_trainable(stage: StageModel, train: TrainConfig, optimizer: OptimizerConfig) -> Trainable:

@@ -37,7 +37,7 @@ def overlaps_scoring(config: Config) -> bool:
 
 
 def probes_servers(config: Config) -> bool:
-    """Whether what the rollout servers draw is compared with the trainer after each publication of weights."""
+    """Whether what the rollout servers draw is compared with the trainer whenever weights are published."""
     return draws_responses(config) and config.rollout.engine is Engine.SGLANG
 
 

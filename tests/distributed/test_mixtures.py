@@ -86,6 +86,15 @@ def test_training_is_the_same_at_every_expert_parallel_size(pool, models, settin
     assert oracles.norm({name: found[name] - expected[name] for name in start}) < 1e-4 * moved
 
 
+def test_a_process_lets_go_of_the_mixtures_that_it_has_trained(pool, settings, tmp_path):
+    threads = []
+    for number in range(3):
+        settings = changed(settings, run={"output_dir": str(tmp_path / str(number)), "steps": 1})
+        pool(2).run(TRAIN, changed(settings, parallel={"expert": 2}))
+        threads.append(pool(2).run("tests.helpers.jobs:num_threads"))
+    assert threads[2] == threads[1]
+
+
 @pytest.mark.parametrize(
     "parallel", [{"tensor": 2}, {"expert": 2}, {"tensor": 2, "expert": 2}], ids=["tp2", "ep2", "tp2-ep2"]
 )

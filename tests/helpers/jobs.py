@@ -5,12 +5,14 @@ results.
 from __future__ import annotations
 
 import contextlib
+import gc
 import unittest.mock
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -50,6 +52,12 @@ def error_of_training(settings: dict[str, Any]) -> tuple[str, str]:
     except ScopeError as error:
         return type(error).__name__, str(error)
     return "", "no error"
+
+
+def num_threads() -> int:
+    """Threads of this rank once Python's collector has let go of what it can: each gloo group keeps some."""
+    gc.collect()
+    return psutil.Process().num_threads()
 
 
 def token_logprobs(settings: dict[str, Any]) -> dict[str, dict[int, np.ndarray]]:

@@ -10,10 +10,8 @@ import traceback
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import psutil
 from torch.distributed import TCPStore
 
-MOST_THREADS = 150  # training a mixture leaves about 45, anything else nearly none
 AFTER_ERROR_S = 10.0  # within which an error that all ranks have reaches them all
 
 
@@ -65,11 +63,6 @@ class RankPool:
                 f"ranks {sorted(answers)} of {self.size} answered within {self._timeout_s:.0f} s"
             )
         return [answers[rank][2] for rank in range(self.size)]
-
-    @property
-    def is_worn(self) -> bool:
-        """Whether a rank holds so many threads of worlds that it could not let go of that they cost time."""
-        return any(psutil.Process(process.pid).num_threads() > MOST_THREADS for process in self._processes)
 
     def close(self) -> None:
         self.closed = True
