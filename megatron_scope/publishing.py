@@ -178,7 +178,7 @@ class BroadcastPublisher:
         )
 
     def _store(self, route: _Route) -> Any:
-        """A connection to rank 0's store, which other ranks reach where they reached rank 0 at their start."""
+        """A connection to rank 0's store; other ranks reach it where they reached rank 0 at their start."""
         return _connect("127.0.0.1" if self._ranks.rank == 0 else os.environ["MASTER_ADDR"], route.store_port)
 
 
