@@ -115,17 +115,15 @@ class BroadcastPublisher:
             assert controller is not None
             stages = dict(plan for plan in plans if plan is not None)
             self._lead = _Lead(sync, controller, stage.source.family.architecture, stages, ranks.device.type)
-        self._signals: Any = None  # a store client of its own: another may be waiting in the group's
+        self._signals: Any = None  # the store, by a connection of its own: the group's may be waiting
 
     def publish(self, version: int) -> None:
         """Sends the weights; SyncError on rank 0, and an error on every rank, where any side failed."""
         lead = self._lead
         route: Any = on_rank_zero(self._ranks, lambda: lead.prepare(version) if lead else None)
         deadline = time.monotonic() + self._sync.timeout_s + GRACE_S
-        if self._signals is None and (self._sender.sends or lead is not None):
-            self._signals = self._store(route)
         if lead is not None:
-            lead.start(self._signals, route)
+            lead.start(route)
         failure = self._send(route, deadline)
         failures = gather_everywhere(self._ranks, failure)
 
@@ -145,7 +143,7 @@ class BroadcastPublisher:
 
     def _send(self, route: _Route, deadline: float) -> str | None:
         """This rank's part; what went wrong in it."""
-        sender, failure = self._sender, None
+        sender = self._sender
 
         def check() -> None:
             if self._signals.check([route.stop_key]):
@@ -153,10 +151,16 @@ class BroadcastPublisher:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not all sent within {self._sync.timeout_s:g} s (sync.timeout_s)")
 
-        if sender.sends and route.new:
-            failure = _failure_of(lambda: sender.join(lambda: self._join(route), check))
+        def join() -> None:
+            if self._signals is None:
+                self._signals = self._store(route)
+            if route.new:
+                sender.join(lambda: self._join(route), check)
+
+        failure = _failure_of(join) if sender.sends else None
         # Also after a failure: the stage's other ranks take part in it.
-        failure = failure or _failure_of(lambda: sender.send(check, failed=failure is not None))
+        later = _failure_of(lambda: sender.send(check, failed=failure is not None))
+        failure = failure or later
         if failure is None or isinstance(failure, _Stopped):
             return None
         if self._signals is not None:
@@ -174,11 +178,8 @@ class BroadcastPublisher:
         )
 
     def _store(self, route: _Route) -> Any:
-        """A client of rank 0's store, which other ranks reach where they reached rank 0 at their start."""
-        host = "127.0.0.1" if self._ranks.rank == 0 else os.environ["MASTER_ADDR"]
-        return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-            host, route.store_port, is_master=False
-        )
+        """A connection to rank 0's store; other ranks reach it where they reached rank 0 at their start."""
+        return _connect("127.0.0.1" if self._ranks.rank == 0 else os.environ["MASTER_ADDR"], route.store_port)
 
 
 class _Stopped(Exception):
@@ -203,6 +204,7 @@ class _Lead:
         self._store: Any = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             "127.0.0.1", 0, is_master=True, wait_for_workers=False
         )
+        self._signals = _connect("127.0.0.1", self._store.port)
         self._members: dict[str, int] = {}  # the groups' servers: URL and ranks
         self._groups: dict[int, str] = {}
         self._sent: int | None = None  # the version that they have
@@ -246,8 +248,8 @@ class _Lead:
             f"stop-{version}-{uuid.uuid4()}",
         )
 
-    def start(self, signals: Any, route: _Route) -> None:
-        """Has the servers told; when one fails, the senders hear of it through `signals`."""
+    def start(self, route: _Route) -> None:
+        """Has the servers told; when one fails, the senders hear of it through the store."""
         result = self._controller.begin("broadcast", self._transfer)
 
         def watch() -> None:
@@ -255,7 +257,7 @@ class _Lead:
                 result()
             except BaseException as error:  # raised by `finish`
                 self._error = error
-                signals.set(route.stop_key, "1")
+                self._signals.set(route.stop_key, "1")
 
         self._error = None
         self._outcome = threading.Thread(target=watch, name="broadcast-outcome", daemon=True)
@@ -275,6 +277,10 @@ class _Lead:
             self._members = {}
             raise SyncError(f"weight version {version} was not published: {'; '.join(told)}")
         self._sent = version
+
+
+def _connect(host: str, port: int) -> Any:
+    return dist.TCPStore(host, port, is_master=False)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _failure_of(work: Callable[[], None]) -> Exception | None:

@@ -16,6 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
+from megatron_scope.errors import SyncError
+from megatron_scope.rollout.embedded.options import ServeOptions
+from megatron_scope.rollout.process import EmbeddedServer
 from tests.helpers.models import save_qwen2, save_qwen3, save_qwen3_moe
 from tests.helpers.proxy import Proxy
 from tests.helpers.settings import changed
@@ -54,6 +57,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ]
     (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {"teacher": save_qwen2(root / "teacher", seed=9), "prompts": root / "prompts.jsonl"}
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("students")
+    return {"tied": tied(root / "tied"), "untied": untied(root / "untied")}
 
 
 @pytest.fixture
@@ -105,6 +114,76 @@ def test_a_run_is_bit_for_bit_the_run_by_disk(pool, settings, tmp_path, save, la
     assert [row["weight_version"] for row in found] == [0, 1]
 
 
+@pytest.fixture(scope="module")
+def embedded(students: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One that outlives its trainers."""
+    options = ServeOptions(model=str(students["untied"]), load_format="dummy")
+    with EmbeddedServer(options, log_path=tmp_path_factory.mktemp("embedded") / "log") as server:
+        yield server.url
+
+
+@pytest.mark.parametrize(
+    ("path", "layout"),
+    [
+        ("/init_weights_update_group", {"tensor": 2}),
+        ("/init_weights_update_group", {"pipeline": 2}),
+        ("/update_weights_from_distributed", {"tensor": 2}),
+        ("/update_weights_from_distributed", {"pipeline": 2}),
+        ("/end_weight_update", {"pipeline": 2}),
+    ],
+)
+def test_a_server_that_refuses_a_step_ends_all_ranks_at_once(
+    pool, settings, embedded, students, path, layout
+):
+    """Long before the time limit, and nobody is left in a collective: the ranks take the next job."""
+
+    def refuse(asked: str, body: Any) -> None:
+        if asked == path and body.get("group_name", "-stage1").endswith(last_stage):
+            raise RuntimeError("refused")  # which the proxy answers with HTTP 500
+
+    last_stage = f"-stage{layout.get('pipeline', 1) - 1}"
+    with Proxy(embedded, meet=refuse) as proxy:
+        settings = changed(
+            on_server(settings, proxy.url, students["untied"]), parallel=layout, sync={"timeout_s": 200}
+        )
+        ranks = pool(2)
+        with pytest.raises(SyncError, match=f"weight version 0 was not published: .*{path}: HTTP 500"):
+            ranks.run(TRAIN, settings)
+    assert not ranks.closed
+    settings = changed(settings, rollout={"servers": [embedded]})
+    rows = pool(2).run(TRAIN, settings)[0]
+    assert [row["weight_version"] for row in rows] == [0, 1]
+    assert all(row["logprob_gap_max"] < TOLERANCE for row in rows)
+
+
+def test_servers_that_come_and_go_get_a_group_of_their_own(pool, settings, embedded, students, tmp_path):
+    """A second server appears after the first publish, and the first one's group is made anew."""
+    options = ServeOptions(model=str(students["untied"]), load_format="dummy")
+    listed = tmp_path / "servers"
+    listed.write_text(embedded)
+    with EmbeddedServer(options, log_path=tmp_path / "log") as second:
+
+        def add(path: str, body: Any) -> None:
+            if path == "/generate":
+                listed.write_text(f"{proxy.url}\n{second.url}")
+
+        with Proxy(embedded, meet=add) as proxy:
+            listed.write_text(proxy.url)
+            settings = on_server(settings, proxy.url, students["untied"])
+            settings = changed(
+                settings, rollout={"servers": [], "servers_file": str(listed)}, run={"steps": 3}
+            )
+            rows = pool(1).run(TRAIN, settings)[0]
+        assert version_of(second.url) == "3"
+    assert [row["weight_version"] for row in rows] == [0, 1, 2]
+    assert all(row["parity_gap_max"] < TOLERANCE for row in rows)
+
+
+def version_of(url: str) -> str:
+    with urllib.request.urlopen(f"{url}/model_info", timeout=60) as response:
+        return json.loads(response.read())["weight_version"]
+
+
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
 
@@ -114,12 +193,6 @@ def rollouts(run: Path) -> list[str]:
 
 
 # ---- a real SGLang
-
-
-@pytest.fixture(scope="module")
-def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("students")
-    return {"tied": tied(root / "tied"), "untied": untied(root / "untied")}
 
 
 @pytest.fixture(scope="module")
