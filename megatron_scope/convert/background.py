@@ -45,7 +45,7 @@ class BackgroundWriter:
         for flush in self._flushes:
             flush.result()
         self._flushes.clear()
-        with _naming(file):
+        with naming(file):
             file.flush()
             os.fsync(file.fileno())
         file.close()
@@ -61,7 +61,7 @@ class BackgroundWriter:
 
 
 @contextlib.contextmanager
-def _naming(file: BinaryIO) -> Iterator[None]:
+def naming(file: BinaryIO) -> Iterator[None]:
     """Makes the error of a full disk say which file did not fit."""
     try:
         yield
@@ -71,7 +71,7 @@ def _naming(file: BinaryIO) -> Iterator[None]:
 
 
 def _run(file: BinaryIO, action: Callable[[], object]) -> None:
-    with _naming(file):
+    with naming(file):
         action()
 
 
@@ -79,6 +79,6 @@ def _flush(file: BinaryIO) -> None:
     """Puts what was written on the disk and lets go of its copy in memory, whose pages serve the next
     blocks.
     """
-    with _naming(file):
+    with naming(file):
         os.fdatasync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

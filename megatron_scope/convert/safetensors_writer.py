@@ -13,7 +13,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from megatron_scope.convert.background import BackgroundWriter
+from megatron_scope.convert.background import BackgroundWriter, naming
 from megatron_scope.convert.layouts import Size
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -100,7 +100,8 @@ class SafetensorsWriter:
         text += b" " * (-len(text) % 8)  # so that the numbers are aligned
         file = open(self.folder / name, "wb", buffering=0)  # noqa: SIM115 - closed when full or by __exit__
         self._open[name], self._left[name] = file, end
-        file.write(len(text).to_bytes(8, "little") + text)
+        with naming(file):
+            file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             self._starts[tensor.name] = 8 + len(text) + header[tensor.name]["data_offsets"][0]
             self._row_bytes[tensor.name] = tensor.row_bytes
