@@ -115,7 +115,7 @@ def launch_command(config: Config, options: LaunchOptions) -> LaunchCommand:
     return LaunchCommand(
         words=(python, "-m", "sglang.launch_server", *words, *options.extra),
         environment=_environment(options),
-        api_key_env=config.rollout.api_key_env,
+        api_key_env=(config.rollout if options.role == "rollout" else config.teacher).api_key_env,
     )
 
 
@@ -189,7 +189,7 @@ def _core_ranges(cores: int, ranks: int) -> str:
 def _api_key(name: str) -> str:
     key = os.environ.get(name)
     if not key:
-        raise ConfigError(f"rollout.api_key_env is {name}, which is not set; put the API key into it")
+        raise ConfigError(f"the config's api_key_env is {name}, which is not set; put the API key into it")
     return key
 
 
