@@ -265,17 +265,21 @@ def greedy(server: SglangServer) -> list[Any]:
 
 
 class At:
-    """Acts once, when the `number`-th bucket of weight version 1 is about to be asked for."""
+    """Acts once, when the `number`-th request for `path` (a bucket) of weight version 1 is about to be
+    passed on.
+    """
 
-    def __init__(self, number: int, act: Callable[[], None]) -> None:
-        self._left, self._act = number, act
+    def __init__(
+        self, number: int, act: Callable[[], None], path: str = "/update_weights_from_distributed"
+    ) -> None:
+        self._left, self._act, self._path = number, act, path
         self._is_due = False
         self.happened = threading.Event()
 
     def __call__(self, path: str, body: Any) -> None:
         if path == "/update_weight_version":
             self._is_due = body["new_version"] == "incomplete-1"
-        if path == "/update_weights_from_distributed" and self._is_due:
+        if path == self._path and self._is_due:
             self._left -= 1
             if self._left == 0:
                 self._act()
@@ -363,6 +367,25 @@ def test_a_killed_trainer_leaves_a_server_that_a_later_run_can_use(torn, servers
     body = {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 1}}
     assert http(server, "/generate", body)["meta_info"]["weight_version"] == version
     resumes(torn(server.url, students["tied"]), tmp_path / "run", server)
+
+
+def test_a_hung_rank_is_one_clear_error(torn, embedded, students):
+    """The second stage's sender, stopped before the servers are asked for its bucket."""
+    trainer: list[subprocess.Popen[str]] = []
+
+    def stop() -> None:
+        for process in psutil.Process(trainer[0].pid).children():
+            if process.environ().get("RANK") == "1":
+                process.suspend()
+
+    at = At(1, stop, path="/begin_weight_update")
+    with Proxy(embedded, meet=at) as proxy:
+        trainer.append(torn(proxy.url, students["untied"]))
+        code, said = ended(trainer[0])
+    assert at.happened.is_set()
+    assert code == 1 and len(said) == 1, said
+    assert "the sending rank of pipeline stage 1 does not answer" in said[0]
+    assert version_of(embedded) == "incomplete-1"
 
 
 def test_a_server_of_another_model_is_refused_before_any_byte(run, write, settings, servers, students):
