@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_scope.backend.optimizer import Trainable
 from megatron_scope.backend.parity import LogprobGap
 from megatron_scope.backend.schedule import run, token_statistics
-from megatron_scope.backend.scoring import KnownLogprobs
+from megatron_scope.backend.scoring import KnownLogprobs, TokenLogprobs
 from megatron_scope.backend.setup import Ranks
 from megatron_scope.backend.token_loss import TokenLoss
 from megatron_scope.errors import TrainingError
@@ -137,11 +137,8 @@ def forward_backward(
     )
 
     def hook(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        terms, at_rollout = _terms(micro_batch, hidden, coefficients, known), None
-        if is_first and settings.rollout_temperature != settings.student_temperature:
-            at_rollout = token_statistics(
-                student.stage, ranks, hidden, micro_batch.targets, settings.rollout_temperature
-            ).logprob
+        terms = _terms(micro_batch, hidden, coefficients, known)
+        at_rollout = _at_rollout(student, micro_batch, hidden, ranks, settings) if is_first else None
         if terms.rollout_logprob is None:
             terms = terms._replace(rollout_logprob=at_rollout)
         outcome = loss_of(micro_batch, hidden, terms)
@@ -239,10 +236,13 @@ def _terms(
     def of_response(values: np.ndarray) -> Tensor:
         return rows(values[micro_batch.response])
 
+    def if_kept(logprobs: TokenLogprobs | None) -> Tensor | None:
+        return None if logprobs is None else rows(logprobs.rows(micro_batch))
+
     return TokenTerms(
         logprob=hidden.new_zeros(len(micro_batch.rows), dtype=torch.float32),
         divergence=hidden.new_zeros(len(micro_batch.rows), dtype=torch.float32),
-        old_logprob=None if known.old is None else rows(known.old.rows(micro_batch)),
+        old_logprob=if_kept(known.old),
         teacher_logprob=rows(known.teacher.rows(micro_batch)),
         reference_logprob=rows(known.reference.rows(micro_batch)),
         likelihood=of_response(coefficients.likelihood),
@@ -250,10 +250,19 @@ def _terms(
         advantage=of_response(coefficients.advantage),
         reference_kl=of_response(coefficients.reference_kl),
         engine_logprob=rows(micro_batch.engine_logprobs),
-        rollout_logprob=None
-        if known.old_at_rollout is None
-        else rows(known.old_at_rollout.rows(micro_batch)),
+        rollout_logprob=if_kept(known.old_at_rollout),
     )
+
+
+def _at_rollout(
+    student: Trainable, micro_batch: MicroBatch, hidden: Tensor, ranks: Ranks, settings: UpdateSettings
+) -> Tensor | None:
+    """The student's log-probs [R] at rollout temperature; None where that is the loss's own."""
+    if settings.rollout_temperature == settings.student_temperature:
+        return None
+    return token_statistics(
+        student.stage, ranks, hidden, micro_batch.targets, settings.rollout_temperature
+    ).logprob
 
 
 def _mean(name: str, values: Tensor, chosen: Tensor) -> dict[str, Tensor]:

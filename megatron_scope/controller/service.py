@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_scope.config.schema import Config, Engine
+from megatron_scope.config.schema import Config, Engine, RolloutConfig
 from megatron_scope.controller.arrivals import Arrive
 from megatron_scope.errors import ConfigError, RolloutError
 from megatron_scope.records import JudgedRollout, Rollout, SamplingParams, ServedModel, WeightTransfer
@@ -29,6 +29,8 @@ class RolloutService:
         self._config = config
         self._vocab_size = vocab_size
         self._log_path = log_path
+        self._api_key = _api_key(config.rollout.api_key_env)
+        self._addresses = _addresses(config.rollout)
         self._embedded: EmbeddedServer | None = None
         self._pool: ServerPool | None = None
         self._groups = Groups()
@@ -71,10 +73,7 @@ class RolloutService:
             await asyncio.to_thread(embedded.start)
             servers = Servers(AddressBook((embedded.url,)), self._client, expected, explain=embedded.check)
         else:
-            file = None if rollout.servers_file is None else Path(rollout.servers_file).expanduser()
-            servers = Servers(
-                AddressBook(rollout.servers, file=file), self._client, expected, router=rollout.router
-            )
+            servers = Servers(self._addresses, self._client, expected, router=rollout.router)
         options = PoolOptions(
             max_concurrent=rollout.max_concurrent_requests,
             health_interval_s=rollout.health_interval_s,
@@ -89,8 +88,7 @@ class RolloutService:
             control_timeout_s=self._config.sync.timeout_s,
             probe_timeout_s=rollout.health_timeout_s,
         )
-        key = _api_key(rollout.api_key_env)
-        return ServerClient(url, vocab_size=self._vocab_size, api_key=key, options=options)
+        return ServerClient(url, vocab_size=self._vocab_size, api_key=self._api_key, options=options)
 
     async def produce(
         self, requests: Sequence[RolloutRequest], params: SamplingParams, version: int, arrive: Arrive
@@ -140,6 +138,12 @@ class RolloutService:
         if self._embedded is not None:
             await asyncio.to_thread(self._embedded.stop)
         await asyncio.to_thread(self._verifier.close, drop=True)
+
+
+def _addresses(rollout: RolloutConfig) -> AddressBook:
+    """Those of the config or of its file, which is read now, before there is other work."""
+    file = None if rollout.servers_file is None else Path(rollout.servers_file).expanduser()
+    return AddressBook(rollout.servers, file=file)
 
 
 def _api_key(variable: str | None) -> str | None:

@@ -28,6 +28,7 @@ from megatron_scope.rollout.wire import (
 
 __all__ = [
     "ClientOptions",
+    "NoAnswer",
     "RolloutRequest",
     "ServerClient",
     "ServerFailure",
@@ -42,6 +43,10 @@ KEEP_ALIVE_S = 2.0
 
 class ServerFailure(RolloutError):
     """The server failed, not the request: another server, or this one later, may answer it."""
+
+
+class NoAnswer(ServerFailure):
+    """Nothing came within the time limit: the server hangs, or is too slow."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +273,7 @@ class ServerClient:
         try:
             status, answer = await self._send(method, path, body, limit_s)
         except TimeoutError as error:
-            raise _of_server(failure)(
+            raise (NoAnswer if failure is RolloutError else failure)(
                 f"{where}: no answer within {limit_s:g} s; look at the server, or raise {setting}"
             ) from error
         except aiohttp.InvalidURL as error:

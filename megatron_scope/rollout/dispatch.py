@@ -13,7 +13,7 @@ from typing import Any
 from megatron_scope.errors import RolloutError
 from megatron_scope.records import Rollout, SamplingParams
 from megatron_scope.rollout.client import ServerFailure
-from megatron_scope.rollout.member import Member, State
+from megatron_scope.rollout.member import Member
 from megatron_scope.rollout.roster import PoolOptions, Roster
 from megatron_scope.rollout.wire import RolloutRequest, StaleWeights
 
@@ -83,7 +83,7 @@ class Dispatch:
             asked = self._roster.choose(home)
             if asked is None:
                 return
-            if home is None or home.state is not State.IN:
+            if asked is not self._roster.router and (home is None or not home.is_kept):
                 self._homes[prompt.id] = asked
             self._waiting.popleft()
             task = asyncio.create_task(
@@ -136,10 +136,8 @@ class Dispatch:
             return
         error = task.exception()
         if error is None:
-            asked.num_failures = 0
-            taking = asyncio.create_task(self._hand_on(task.result()))
-            taking.add_done_callback(self._note)
-            self._untaken.add(taking)
+            asked.answered()
+            self._settle_answer(order, asked, task.result())
         elif isinstance(error, StaleWeights):
             self._roster.stale(asked, str(error))
             self._ask_again(order, str(error))
@@ -148,6 +146,15 @@ class Dispatch:
             self._ask_again(order, str(error))
         else:
             raise error
+
+    def _settle_answer(self, order: _Order, asked: Member, rollout: Rollout) -> None:
+        """Hands it on; one that was aborted, by whom we do not know, is asked again as long as may help."""
+        if rollout.finish_reason == "abort" and len(order.failures) + 1 < self._options.max_tries:
+            self._ask_again(order, f"{asked.url}: aborted")
+            return
+        taking = asyncio.create_task(self._hand_on(rollout))
+        taking.add_done_callback(self._note)
+        self._untaken.add(taking)
 
     def _ask_again(self, order: _Order, failure: str) -> None:
         order.failures.append(failure)

@@ -33,12 +33,18 @@ class Member:
     outstanding_tokens: int = 0  # prompt and most new tokens of what it was asked and has not answered
     tasks: set[asyncio.Task[Rollout]] = field(default_factory=set)
     look: asyncio.Event = field(default_factory=asyncio.Event)  # set: its health is to be looked at now
+    num_answers: int = 0
     num_failures: int = 0  # since its last answer, each followed by a look that found it healthy
 
     @property
     def url(self) -> str:
         """The server's address."""
         return self.client.url
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it may be asked again, at once or soon."""
+        return self.is_listed and self.state is not State.OUT
 
     def begin(self, task: asyncio.Task[Rollout], num_tokens: int) -> None:
         """A request of `num_tokens` at most is on its way."""
@@ -49,6 +55,11 @@ class Member:
         """It is over, one way or another."""
         self.tasks.discard(task)
         self.outstanding_tokens -= num_tokens
+
+    def answered(self) -> None:
+        """A response came from it."""
+        self.num_answers += 1
+        self.num_failures = 0
 
     def suspect(self, reason: str) -> None:
         """A request failed there; requests in flight go on, new ones wait for a look at its health."""

@@ -134,16 +134,19 @@ class ServerPool:
         roster = self._roster
 
         async def look(member: Member) -> None:
-            if member.state is State.OUT:
-                reason = await roster.why_unfit(member)
-                if reason is None:
-                    fit.append(member)
-                else:
-                    member.reason = reason
-            else:
+            if member.state is not State.OUT:
                 await roster.examine(member, version_too=False)
                 if member.state is State.IN:
                     fit.append(member)
+                return
+            unhealthy = await member.client.health()
+            try:
+                if unhealthy is not None:
+                    raise RolloutError(unhealthy.reason)
+                await roster.check_fit(member)
+                fit.append(member)
+            except ScopeError as error:
+                member.reason = str(error)
 
         fit: list[Member] = []
         await _all(*(look(member) for member in roster.members))

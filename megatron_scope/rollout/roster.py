@@ -8,9 +8,9 @@ import dataclasses
 import sys
 from collections.abc import Callable
 
-from megatron_scope.errors import RolloutError, ScopeError
+from megatron_scope.errors import RolloutError, ScopeError, SyncError
 from megatron_scope.rollout.addresses import AddressBook
-from megatron_scope.rollout.client import ServerClient
+from megatron_scope.rollout.client import NoAnswer, ServerClient, Unhealthy
 from megatron_scope.rollout.delivery import Delivery
 from megatron_scope.rollout.identity import Expectation, check_identity
 from megatron_scope.rollout.member import MAX_FAILURES, Member, State
@@ -84,14 +84,13 @@ class Roster:
             and all(member.state is State.IN for member in listed)
         ):
             return router if len(router.tasks) < len(listed) * self._options.max_concurrent else None
-        if home is not None and self._has_room(home):
-            return home
         able = [member for member in listed if self._has_room(member)]
+        if home in able:
+            return home
         return min(able, key=lambda member: member.outstanding_tokens, default=None)
 
     def _has_room(self, member: Member) -> bool:
-        is_free = len(member.tasks) < self._options.max_concurrent
-        return member.state is State.IN and member.is_listed and is_free
+        return member.state is State.IN and len(member.tasks) < self._options.max_concurrent
 
     def suspect(self, asked: Member, reason: str) -> None:
         """A request to `asked` failed; behind a router it may have been any server's fault."""
@@ -186,69 +185,70 @@ class Roster:
 
     async def examine(self, member: Member, *, version_too: bool = True) -> None:
         """Looks at a server that is in, and takes it out where it is not well or has other weights."""
-        unhealthy = await member.client.health()
-        reason = None if unhealthy is None else unhealthy.reason
-        if reason is None and version_too and member is not self.router:
-            reason = await self._version_trouble(member)
-        if reason is None and member.num_failures >= MAX_FAILURES:
+        num_answers = member.num_answers
+        trouble = await member.client.health()
+        if trouble is None and version_too and member is not self.router:
+            trouble = await self._version_trouble(member)
+        if trouble is not None and trouble.silent and member.num_answers > num_answers:
+            trouble = None  # busy, not hung: it has answered requests meanwhile
+        if trouble is None and member.num_failures >= MAX_FAILURES:
             reason = f"{member.num_failures} failures in a row, the last: {member.reason}"
+            trouble = Unhealthy(reason, silent=False)
         if member.state is State.OUT:  # by an answer that came meanwhile
             return
-        if reason is not None:
-            self.take_out(member, reason, is_silent=unhealthy is not None and unhealthy.silent)
+        if trouble is not None:
+            self.take_out(member, trouble.reason, is_silent=trouble.silent)
         elif member.state is State.SUSPECT:
             member.state = State.IN
             self.changed.set()
 
-    async def _version_trouble(self, member: Member) -> str | None:
+    async def _version_trouble(self, member: Member) -> Unhealthy | None:
         assert self.delivery is not None
         try:
             version = await member.client.weight_version()
         except RolloutError as error:
-            return str(error)
+            return Unhealthy(str(error), silent=isinstance(error, NoAnswer))
         if version == self.delivery.version:
             return None
-        return f"its weight version is {version}, not {self.delivery.version}"
+        return Unhealthy(f"its weight version is {version}, not {self.delivery.version}", silent=False)
 
     async def _bring_back(self, member: Member) -> None:
-        try:
-            reason = await self.why_unfit(member)
-            if reason is None and member is not self.router:
-                reason = await self._why_not_current(member)
-        except ScopeError as error:
-            reason = str(error)
-        if not member.is_listed:
-            return
-        if reason is None:
-            self.take_in(member)
-            note(f"rollout server {member.url} is in")
-        elif reason != member.reason:
-            member.reason = reason
-            warn(f"rollout server {member.url} stays out: {reason}")
-
-    async def why_unfit(self, member: Member) -> str | None:
-        """Why a server that is out could not take new weights: its health, its software, its model."""
         unhealthy = await member.client.health()
         if unhealthy is not None:
-            return unhealthy.reason
-        if member is self.router:
-            return None
+            member.reason = unhealthy.reason  # no news to anybody
+            return
         try:
-            await check_identity(member.client, self._servers.expected)
-            await member.client.abort_all()  # what it still does, it does for requests asked elsewhere since
+            if member is not self.router:
+                await self.check_fit(member)
+                await self._make_current(member)
         except ScopeError as error:
-            return str(error)
-        return None
+            if str(error) != member.reason:
+                member.reason = str(error)
+                warn(f"rollout server {member.url} stays out: {error}")
+            return
+        if member.is_listed:
+            self.take_in(member)
+            note(f"rollout server {member.url} is in")
 
-    async def _why_not_current(self, member: Member) -> str | None:
-        """Gives the server the current weights where it has others, and reads the version back."""
+    async def check_fit(self, member: Member) -> None:
+        """ScopeError where a server that was out, and is healthy, could not take new weights.
+
+        What it still does ends: it does that for requests which were asked elsewhere since.
+        """
+        await check_identity(member.client, self._servers.expected)
+        await member.client.abort_all()
+
+    async def _make_current(self, member: Member) -> None:
+        """Gives the server the current weights where it has others; ScopeError where it does not get them."""
         trouble = await self._version_trouble(member)
         if trouble is None:
-            return None
+            return
         assert self.delivery is not None
         if not await self.delivery.to_one(member.client):
-            return f"{trouble}: it waits for the next version"
-        return await self._version_trouble(member)
+            raise SyncError(f"{trouble.reason}: it waits for the next version")
+        trouble = await self._version_trouble(member)
+        if trouble is not None:
+            raise SyncError(trouble.reason)
 
     async def close(self) -> None:
         """Closes all connections."""

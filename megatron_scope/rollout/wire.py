@@ -116,25 +116,27 @@ def _logprobs(entries: Any, output_ids: tuple[int, ...], where: str) -> tuple[fl
         return ()
     # By column: a step has millions of entries, and this runs in the one thread that feeds all servers.
     try:
-        logprobs, tokens = itertools.islice(zip(*entries, strict=True), 2)
+        logprobs, tokens = itertools.islice(zip(*entries, strict=False), 2)
         if tokens == output_ids and all(map(math.isfinite, logprobs)):
             return tuple(map(float, logprobs))
-    except (TypeError, ValueError):  # not rows of numbers; what is wrong with which is said below
+    except (TypeError, ValueError):  # not rows of numbers; which is not is said below
         pass
-    raise RolloutError(_wrong_logprob(entries, output_ids, where))
+    place = next(i for i, token in enumerate(output_ids) if not _is_logprob_of(entries[i], token))
+    entry = entries[place]
+    if _is_of(entry, output_ids[place]):
+        raise RolloutError(
+            f"{where}: the log-prob of token {place} is {entry[0]!r}; expected a finite number: are "
+            "the weights sound?"
+        )
+    raise RolloutError(f"{where}: log-prob {place} is {entry!r}; expected one of token {output_ids[place]}")
 
 
-def _wrong_logprob(entries: list[Any], output_ids: tuple[int, ...], where: str) -> str:
-    """What is wrong with the first entry that is not [a finite log-prob, its token id, ...]."""
-    for place, (entry, token) in enumerate(zip(entries, output_ids, strict=True)):
-        if not isinstance(entry, list) or len(entry) < 2 or entry[1] != token:
-            return f"{where}: log-prob {place} is {entry!r}; expected one of token {token}"
-        if not isinstance(entry[0], int | float) or not math.isfinite(entry[0]):
-            return (
-                f"{where}: the log-prob of token {place} is {entry[0]!r}; expected a finite number: are "
-                "the weights sound?"
-            )
-    return f"{where}: the log-prob entries differ in length; is this an SGLang server?"
+def _is_of(entry: Any, token: int) -> bool:
+    return isinstance(entry, list) and len(entry) >= 2 and entry[1] == token
+
+
+def _is_logprob_of(entry: Any, token: int) -> bool:
+    return _is_of(entry, token) and isinstance(entry[0], int | float) and math.isfinite(entry[0])
 
 
 def _finish_reason(meta: dict[str, Any], where: str) -> FinishReason:

@@ -14,10 +14,14 @@ from tests.integration.conftest import metrics
 
 
 @pytest.fixture(scope="module")
-def server(models, tmp_path_factory):
-    log = tmp_path_factory.mktemp("server") / "log"
-    with EmbeddedServer(ServeOptions(model=str(models["student"])), log_path=log) as server:
-        yield server.url
+def servers(models, tmp_path_factory):
+    """The URLs of two."""
+    folder, options = tmp_path_factory.mktemp("servers"), ServeOptions(model=str(models["student"]))
+    with (
+        EmbeddedServer(options, log_path=folder / "one") as one,
+        EmbeddedServer(options, log_path=folder / "other") as other,
+    ):
+        yield one.url, other.url
 
 
 def shift_logprobs(path: str, answer: bytes) -> bytes:
@@ -30,8 +34,8 @@ def shift_logprobs(path: str, answer: bytes) -> bytes:
     return json.dumps(body).encode()
 
 
-def test_servers_that_agree_pass_and_the_gap_is_a_metric(run, write, config, server, tmp_path):
-    rollout = {"engine": "sglang", "servers": [server], "logprob_gap_limit": 1e-3}
+def test_servers_that_agree_pass_and_the_gap_is_a_metric(run, write, config, servers, tmp_path):
+    rollout = {"engine": "sglang", "servers": list(servers), "logprob_gap_limit": 1e-3}
     result = run("train", write(changed(config, rollout=rollout)))
     assert result.returncode == 0, result.stderr
     for row in metrics(tmp_path / "run"):
@@ -39,9 +43,9 @@ def test_servers_that_agree_pass_and_the_gap_is_a_metric(run, write, config, ser
         assert 0 <= row["parity_gap_kl"] < 1e-6
 
 
-def test_a_server_that_is_off_is_named_before_the_first_step(run, write, config, server, tmp_path):
-    with Proxy(server, change=shift_logprobs) as off:
-        rollout = {"engine": "sglang", "servers": [server, off.url], "logprob_gap_limit": 0.05}
+def test_a_server_that_is_off_is_named_before_the_first_step(run, write, config, servers, tmp_path):
+    with Proxy(servers[1], change=shift_logprobs) as off:
+        rollout = {"engine": "sglang", "servers": [servers[0], off.url], "logprob_gap_limit": 0.05}
         result = run("train", write(changed(config, rollout=rollout)), "--nproc", "2")
     assert result.returncode == 1
     (line,) = result.stderr.strip().splitlines()
@@ -50,8 +54,8 @@ def test_a_server_that_is_off_is_named_before_the_first_step(run, write, config,
     assert not (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
-def test_without_a_limit_the_gap_is_only_told(run, write, config, server, tmp_path):
-    with Proxy(server, change=shift_logprobs) as off:
+def test_without_a_limit_the_gap_is_only_told(run, write, config, servers, tmp_path):
+    with Proxy(servers[1], change=shift_logprobs) as off:
         rollout = {"engine": "sglang", "servers": [off.url]}
         result = run("train", write(changed(config, run={"steps": 1}, rollout=rollout)))
     assert result.returncode == 0, result.stderr

@@ -76,6 +76,8 @@ def test_a_server_is_launched_without_what_a_run_needs_but_within_the_ranges():
         ),
         (["objective.student_exponent=0", "objective.teacher_exponent=1", "objective.tau=0.5"], {}),
         (["optimizer.warmup_steps=200"], {}),
+        (["rollout.servers=[]", "rollout.servers_file=servers.txt"], {}),
+        (["rollout.router=http://r:1"], {}),
         (["teacher.hf=null", "run.output_dir=null", "data.train=null"], {"command": "evaluate"}),
     ],
 )
@@ -89,6 +91,8 @@ def test_what_must_be_accepted(overrides, options):
         ("run.steps=0", "run.steps is 0: it must be 1 or more"),
         ("parallel.tensor=-2", "parallel.tensor is -2: it must be 1 or more"),
         ("data.max_prompt_tokens=0", "data.max_prompt_tokens is 0: it must be 1 or more"),
+        ("rollout.health_interval_s=0", "rollout.health_interval_s is 0.0: it must be finite and above 0"),
+        ("rollout.health_timeout_s=.inf", "rollout.health_timeout_s is inf: it must be finite and above 0"),
         ("rollout.max_new_tokens=0", "rollout.max_new_tokens is 0: it must be 1 or more"),
         ("evaluate.max_new_tokens=0", "evaluate.max_new_tokens is 0: it must be 1 or more"),
         ("train.micro_batch_tokens=0", "train.micro_batch_tokens is 0: it must be 1 or more"),
@@ -251,7 +255,16 @@ def test_what_is_not_built_yet_is_refused(override, said):
         (
             ["rollout.servers=[]"],
             "rollout.servers is empty: rollout.engine=sglang needs the servers' URLs; "
-            "set rollout.servers=[http://HOST:30000]",
+            "set rollout.servers=[http://HOST:30000] or rollout.servers_file, or rollout.engine=embedded",
+        ),
+        (
+            ["rollout.servers_file=servers.txt"],
+            "rollout.servers_file is servers.txt and rollout.servers is set too: the servers are those of "
+            "one of them; set rollout.servers=[] or rollout.servers_file=null",
+        ),
+        (
+            ["rollout.router=localhost:1"],
+            "rollout.router has 'localhost:1': it must be a URL, as in http://HOST:30000",
         ),
         (
             ["rollout.servers=localhost:1"],
@@ -259,7 +272,12 @@ def test_what_is_not_built_yet_is_refused(override, said):
         ),
         (
             ["rollout.servers=[http://a, http://a]"],
-            "rollout.servers names a server twice; list each one once",
+            "rollout.servers and rollout.router name a server twice; list each one once, and the router only "
+            "as rollout.router",
+        ),
+        (
+            ["rollout.servers=[http://a, http://b]", "rollout.router=http://b/"],
+            "rollout.servers and rollout.router name a server twice",
         ),
         (["rollout.engine=replay"], "rollout.file is not set: rollout.engine=replay reads it"),
     ],

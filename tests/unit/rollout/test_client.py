@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
+import json
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
@@ -18,9 +20,11 @@ from megatron_scope.rollout.client import (
     ClientOptions,
     RolloutRequest,
     ServerClient,
+    ServerFailure,
+    Unhealthy,
     sample_seed,
 )
-from megatron_scope.rollout.wire import generate_body
+from megatron_scope.rollout.wire import StaleWeights, generate_body
 from tests.unit.rollout.fake_server import (
     FAST,
     GOOD,
@@ -34,6 +38,8 @@ from tests.unit.rollout.fake_server import (
     hanging,
 )
 
+REQUEST = RolloutRequest(PROMPT, 0, 1, "r")
+
 
 def generate(
     handler: Handler, options: ClientOptions = FAST, prompt: Prompt = PROMPT
@@ -43,7 +49,7 @@ def generate(
             Fake(generate=handler) as fake,
             ServerClient(fake.url, vocab_size=10, api_key=KEY, options=options) as client,
         ):
-            return await client.generate(prompt, 2, PARAMS, seed=11, rid="step3/p7/2"), fake
+            return await client.generate(RolloutRequest(prompt, 2, 11, "step3/p7/2"), PARAMS), fake
 
     return asyncio.run(run())
 
@@ -84,7 +90,7 @@ def test_a_good_answer_becomes_a_rollout() -> None:
                 "sampling_seed": 11,
             },
             "return_logprob": True,
-            "rid": "step3/p7/2",
+            "rid": "step3/p7/2-0.",
         }
     ]
 
@@ -124,6 +130,11 @@ def test_sample_seeds_are_31_bits_and_depend_on_all_four() -> None:
         (changed("output_ids", [4, 5]), "3 log-probs for 2 output ids"),
         (changed("meta_info.output_token_logprobs!", None), "no log-probs for 3 output ids"),
         (changed("meta_info.output_token_logprobs", [[-1, 4, None]] * 3), "expected one of token 5"),
+        (
+            changed("meta_info.output_token_logprobs", [[-1, 4], [-1], [-1, 9]]),
+            "log-prob 1 is [-1]; expected",
+        ),
+        (changed("meta_info.output_token_logprobs", [[-1, 4], 5, [-1, 9]]), "log-prob 1 is 5; expected one"),
         (changed("output_ids", [4, 5, 10]), "not token ids in 0..9"),
         (changed("output_ids", [4, 5, -1]), "not token ids"),
         (changed("output_ids", [4, 5, 9, 9, 9]), "max_new_tokens is 4"),
@@ -196,35 +207,104 @@ def test_error_answers_are_one_line_and_not_retried(handler: Handler, said: str)
     assert "/generate" in message and "\n" not in message and KEY not in message and len(calls) == 1
 
 
-def test_a_timeout_is_an_error_and_not_retried() -> None:
-    with pytest.raises(RolloutError, match=r"no answer within 0\.1 s.*rollout\.request_timeout_s"):
-        generate(hanging, ClientOptions(request_timeout_s=0.1))
-
-
-def test_a_dropped_connection_is_tried_again_with_the_same_seed() -> None:
+@pytest.mark.parametrize(
+    ("handler", "said"),
+    [
+        (answering("<html>down</html>", 503), "HTTP 503"),
+        (answering({"message": "too many"}, 429), "HTTP 429"),
+        (dropping, "no connection"),
+        (hanging, r"no answer within 0\.1 s.*rollout\.request_timeout_s"),
+    ],
+)
+def test_a_failure_of_the_server_is_told_apart_and_left_to_the_pool(handler: Handler, said: str) -> None:
     calls: list[int] = []
 
-    async def flaky(request: web.Request) -> web.StreamResponse:
+    async def counted(request: web.Request) -> web.StreamResponse:
         calls.append(1)
-        return await (dropping if len(calls) < 3 else answering(GOOD))(request)
+        return await handler(request)
 
-    rollout, fake = generate(flaky)
-    assert rollout.output_ids == (4, 5, 9)
-    assert [body["rid"] for body in fake.bodies] == ["step3/p7/2", "step3/p7/2-retry1", "step3/p7/2-retry2"]
-    assert {body["sampling_params"]["sampling_seed"] for body in fake.bodies} == {11}
+    with pytest.raises(ServerFailure, match=said):
+        generate(counted, ClientOptions(request_timeout_s=0.1))
+    assert len(calls) == 1
 
 
-def test_retries_are_bounded() -> None:
-    with pytest.raises(RolloutError, match="no connection after 3 attempts"):
-        generate(dropping)
+@pytest.mark.parametrize("status", [400, 401, 404])
+def test_a_refused_request_is_no_failure_of_the_server(status: int) -> None:
+    with pytest.raises(RolloutError) as caught:
+        generate(answering({"error": "no"}, status))
+    assert not isinstance(caught.value, ServerFailure)
+
+
+def test_each_sending_has_a_request_id_that_is_no_beginning_of_another() -> None:
+    async def run() -> list[str]:
+        async with (
+            Fake(generate=answering(GOOD)) as fake,
+            ServerClient(fake.url, vocab_size=10, options=FAST) as client,
+        ):
+            for sample in (1, 1, 11, 12):
+                await client.generate(RolloutRequest(PROMPT, sample, 0, f"3/p/{sample}"), PARAMS)
+            return [body["rid"] for body in fake.bodies]
+
+    rids = asyncio.run(run())
+    assert all(not a.startswith(b) for a in rids for b in rids if a is not b)
+
+
+def test_a_connection_closed_while_idle_is_no_failure() -> None:
+    """The server closes after each answer without having said so, as one whose idle time is over does."""
+
+    async def run() -> tuple[int, int]:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal connections, answers
+            connections += 1
+            body = json.dumps(GOOD).encode()
+            for answered in range(2):
+                head = await reader.readuntil(b"\r\n\r\n")
+                await reader.readexactly(int(head.lower().split(b"content-length:")[1].split()[0]))
+                if answered:
+                    break
+                answers += 1
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: ")
+                writer.write(str(len(body)).encode() + b"\r\n\r\n" + body)
+                await writer.drain()
+            writer.close()
+
+        connections = answers = 0
+        listener = await asyncio.start_server(serve, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+        async with listener, ServerClient(url, vocab_size=10, options=FAST) as client:
+            for _ in range(3):
+                assert (await client.generate(REQUEST, PARAMS)).output_ids == (4, 5, 9)
+        return connections, answers
+
+    assert asyncio.run(run()) == (3, 3)
+
+
+def test_a_version_that_was_not_asked_for_is_stale() -> None:
+    async def run(body: Any, version: int) -> Rollout:
+        async with (
+            Fake(generate=answering(body)) as fake,
+            ServerClient(fake.url, vocab_size=10, options=FAST) as client,
+        ):
+            return await client.generate(REQUEST, PARAMS, version=version)
+
+    assert asyncio.run(run(GOOD, 3)).weight_version == 3
+    two = [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 3}]
+    for body, version in (
+        (GOOD, 4),
+        (changed("meta_info.weight_versions", two), 3),
+        (changed("meta_info.weight_versions", two), 4),
+        (changed("meta_info.weight_versions", [{"version": "default"}]), 3),
+    ):
+        with pytest.raises(StaleWeights, match=f"expected {version}: was the server started again"):
+            asyncio.run(run(body, version))
 
 
 def test_a_server_that_is_not_there() -> None:
     async def run(url: str) -> None:
         async with ServerClient(url, vocab_size=10, options=FAST) as client:
-            await client.generate(PROMPT, 0, PARAMS, seed=1, rid="r")
+            await client.generate(REQUEST, PARAMS)
 
-    with pytest.raises(RolloutError, match=r"127\.0\.0\.1:9/generate: no connection after 3 attempts"):
+    with pytest.raises(RolloutError, match=r"127\.0\.0\.1:9/generate: no connection \("):
         asyncio.run(run("http://127.0.0.1:9"))
     with pytest.raises(RolloutError, match="not a URL"):
         asyncio.run(run("localhost"))
@@ -240,7 +320,7 @@ def test_something_that_speaks_no_http() -> None:
         listener = await asyncio.start_server(babble, "127.0.0.1", 0)
         port = listener.sockets[0].getsockname()[1]
         async with listener, ServerClient(f"http://127.0.0.1:{port}", vocab_size=10, options=FAST) as client:
-            await client.generate(PROMPT, 0, PARAMS, seed=1, rid="r")
+            await client.generate(REQUEST, PARAMS)
 
     with pytest.raises(RolloutError, match="is this an SGLang server"):
         asyncio.run(run())
@@ -298,10 +378,48 @@ def test_weights_that_did_not_arrive_are_a_sync_error(update: Any, info: Any, sa
         )
 
 
-@pytest.mark.parametrize("handler", [answering({"success": False, "message": "gone"}, 400), dropping])
-def test_a_failed_update_is_a_sync_error(handler: Handler) -> None:
-    with pytest.raises(SyncError, match=r"gone|no connection"):
+@pytest.mark.parametrize(
+    ("handler", "said"),
+    [
+        (answering({"success": False, "message": "gone"}, 400), "gone"),
+        (dropping, "no connection after 3 attempts"),
+        (answering("", 503), "HTTP 503"),
+    ],
+)
+def test_a_failed_update_is_a_sync_error(handler: Handler, said: str) -> None:
+    with pytest.raises(SyncError, match=said):
         on_fake(lambda client: client.update_weights_from_disk("/w", 4), update_weights_from_disk=handler)
+
+
+def test_a_control_request_whose_connection_failed_is_tried_again() -> None:
+    calls: list[int] = []
+
+    async def flaky(request: web.Request) -> web.StreamResponse:
+        calls.append(1)
+        return await (dropping if len(calls) < 3 else answering(""))(request)
+
+    on_fake(lambda client: client.abort_all(), abort_request=flaky)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("handler", "reason", "silent"),
+    [
+        (answering("", 503), "HTTP 503", False),
+        (dropping, "Server disconnected", False),
+        (hanging, "no answer to GET /health within 0.1 s", True),
+    ],
+)
+def test_a_hung_server_is_told_from_a_dead_one(handler: Handler, reason: str, silent: bool) -> None:
+    async def run() -> Unhealthy | None:
+        options = dataclasses.replace(FAST, probe_timeout_s=0.1)
+        async with (
+            Fake(health=handler) as fake,
+            ServerClient(fake.url, vocab_size=10, options=options) as client,
+        ):
+            return await client.health()
+
+    assert asyncio.run(run()) == Unhealthy(reason, silent=silent)
 
 
 def test_the_client_imports_neither_torch_nor_transformers() -> None:
@@ -314,5 +432,5 @@ def test_the_client_imports_neither_torch_nor_transformers() -> None:
 
 
 def test_the_request_body_is_plain_json_types() -> None:
-    body = generate_body(RolloutRequest(PROMPT, 0, 1, "r"), PARAMS)
+    body = generate_body(REQUEST, PARAMS)
     assert type(body["input_ids"]) is list and type(body["sampling_params"]["stop_token_ids"]) is list

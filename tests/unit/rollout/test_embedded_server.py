@@ -20,13 +20,17 @@ from aiohttp import web
 
 from megatron_scope.errors import ConfigError, DataError, RolloutError, SyncError
 from megatron_scope.records import Prompt, Rollout, SamplingParams
-from megatron_scope.rollout.client import RolloutRequest, ServerClient, collect, sample_seed
+from megatron_scope.rollout.addresses import AddressBook
+from megatron_scope.rollout.client import RolloutRequest, ServerClient, sample_seed
+from megatron_scope.rollout.delivery import DiskDelivery
 from megatron_scope.rollout.embedded.app import EmbeddedApp
 from megatron_scope.rollout.embedded.model import ServedModel
 from megatron_scope.rollout.embedded.options import ServeOptions, flags_of
 from megatron_scope.rollout.embedded.protocol import Answer, parse_call
 from megatron_scope.rollout.embedded.server import Parent, _until_stopped, serve
 from megatron_scope.rollout.embedded.tokenizer import load_tokenizer
+from megatron_scope.rollout.identity import Expectation
+from megatron_scope.rollout.pool import PoolOptions, ServerPool, Servers
 from megatron_scope.rollout.process import EmbeddedServer
 
 Make = Callable[..., Path]
@@ -349,27 +353,35 @@ def test_client_and_server_agree(make_model: Make) -> None:
         for sample in range(4)
     ]
 
-    async def rollouts(client: ServerClient, order: list[RolloutRequest]) -> dict[str, Rollout]:
+    def connect(url: str) -> ServerClient:
+        return ServerClient(url, vocab_size=16, api_key="k")
+
+    async def rollouts(pool: ServerPool, order: list[RolloutRequest]) -> dict[str, Rollout]:
         found: dict[str, Rollout] = {}
-        await collect(
-            [client],
-            order,
-            params,
-            max_concurrent=7,
-            on_rollout=lambda rollout: found.__setitem__(f"{rollout.prompt.id}-{rollout.sample}", rollout),
-        )
+
+        async def take(rollout: Rollout) -> None:
+            found[f"{rollout.prompt.id}-{rollout.sample}"] = rollout
+
+        await pool.run(order, params, 3, take)
         return found
 
     async def test(server: Server) -> None:
-        async with ServerClient(server.url, vocab_size=16, api_key="k") as client:
+        expected = Expectation.of_model(make_model(), any_sglang_version=False)
+        pool = ServerPool(
+            Servers(AddressBook([server.url]), connect, expected),
+            PoolOptions(max_concurrent=7, health_interval_s=10, start_timeout_s=5),
+        )
+        async with connect(server.url) as client:
             await client.wait_healthy(5)
             with pytest.raises(RolloutError, match="'default'"):
-                await rollouts(client, requests)
-            await client.update_weights_from_disk(str(make_model()), 3)
-            found = await rollouts(client, requests)
+                await client.generate(requests[0], params)
+            await pool.publish(DiskDelivery(make_model(), 3))
+            found = await rollouts(pool, requests)
             assert len(found) == 24 and {rollout.weight_version for rollout in found.values()} == {3}
             assert {rollout.finish_reason for rollout in found.values()} == {"stop", "length"}
-            assert await rollouts(client, requests[::-1]) == found
+            assert await rollouts(pool, requests[::-1]) == found
+            await pool.close()
+            assert await client.weight_version() == 3
             await client.pause("retract")
             await client.continue_()
             await client.abort_all()

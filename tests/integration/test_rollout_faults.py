@@ -1,0 +1,91 @@
+"""`train` on two servers of which one fails in mid-step: nothing of it reaches the numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from megatron_scope.rollout.embedded.options import ServeOptions
+from megatron_scope.rollout.process import EmbeddedServer
+from tests.helpers.settings import changed
+from tests.integration.conftest import metrics, start
+
+ROLLOUT = {"prompts_per_step": 40, "samples_per_prompt": 8}
+SMALL = 10  # requests that a server has at once when it is struck: it is in the middle of a step
+
+
+@contextlib.contextmanager
+def two_servers(model: Path, folder: Path) -> Iterator[list[EmbeddedServer]]:
+    """Two that answer one request at a time, so that many wait."""
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                EmbeddedServer(
+                    ServeOptions(model=str(model), max_running_requests=1), log_path=folder / f"{number}.log"
+                )
+            )
+            for number in range(2)
+        ]
+
+
+def num_waiting(server: EmbeddedServer) -> int:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"{server.url}/server_info", timeout=60) as response:
+        return json.load(response)["num_waiting_requests"]
+
+
+def strike_in_mid_step(server: EmbeddedServer, number: signal.Signals) -> None:
+    """Sends the signal once the server has much to do."""
+    deadline = time.monotonic() + 300
+    while num_waiting(server) < SMALL:
+        assert time.monotonic() < deadline, "the step never came to the server"
+        time.sleep(0.01)
+    assert server.pid is not None
+    psutil.Process(server.pid).send_signal(number)
+
+
+@pytest.fixture(scope="module")
+def unharmed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the run gives when no server fails; made by the first test that asks."""
+    return {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+def test_a_server_that_fails_in_mid_step_changes_nothing_of_the_run(
+    number: signal.Signals, run, write, config, models, tmp_path, unharmed
+) -> None:
+    settings = {**ROLLOUT, "health_interval_s": 1.0, "health_timeout_s": 15.0}
+    embedded = changed(config, rollout=settings)
+    if not unharmed:
+        result = run("train", write(embedded))
+        assert result.returncode == 0, result.stderr
+        unharmed["metrics"], unharmed["rows"] = metrics(tmp_path / "run"), rows(tmp_path / "run")
+    with two_servers(models["student"], tmp_path) as servers:
+        urls = [server.url for server in servers]
+        on_two = {"engine": "sglang", "servers": urls}
+        other = {"output_dir": str(tmp_path / "on_two")}
+        process = start("train", write(changed(embedded, rollout=on_two, run=other)))
+        try:
+            strike_in_mid_step(servers[0], number)
+            _, stderr = process.communicate(timeout=300)
+        finally:
+            process.kill()
+    assert process.returncode == 0, stderr
+    assert f"warning: rollout server {urls[0]} is taken out: " in stderr and "unfinished requests" in stderr
+    assert metrics(tmp_path / "on_two") == unharmed["metrics"]
+    assert rows(tmp_path / "on_two") == unharmed["rows"]
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """Every recorded response, in the order of the files."""
+    files = sorted((run_dir / "rollouts").glob("*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
