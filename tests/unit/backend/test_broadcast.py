@@ -37,6 +37,7 @@ class Network:
     def __init__(self, fails_at: int | None = None) -> None:
         self.sent: list[bytes] = []
         self.left = False
+        self.most_alive = 0  # buckets held at one time
         self._fails_at = fails_at
         self._alive: list[weakref.ref[torch.Tensor]] = []
 
@@ -44,7 +45,7 @@ class Network:
         assert group == "group" and flat.dtype == torch.uint8 and flat.is_contiguous()
         self._alive.append(weakref.ref(flat))
         alive = sum(reference() is not None for reference in self._alive)
-        assert alive == 1, "a bucket is dropped when it has arrived"
+        self.most_alive = max(self.most_alive, alive)
         looks = iter([False, False])
         number = len(self._alive) - 1
 
@@ -92,6 +93,13 @@ def test_the_buckets_are_the_tensors_bytes_in_order(rank):
     assert b"".join(network.sent) == b"".join(value.numpy().tobytes() for value in TENSORS.values())
     assert [len(sent) for sent in network.sent] == [bucket.num_bytes for bucket in buckets()]
     assert not network.left
+
+
+def test_two_buckets_are_held_at_a_time(rank):
+    network = Network()
+    sender, _ = rank(network)
+    sender.send(lambda: None)
+    assert len(network.sent) == 4 and network.most_alive == 2
 
 
 @pytest.mark.parametrize("fails_at", [0, 1, 3])
