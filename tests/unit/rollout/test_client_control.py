@@ -106,3 +106,38 @@ def test_a_hung_server_is_told_from_a_dead_one(handler: Handler, reason: str, si
             return await client.health()
 
     assert asyncio.run(run()) == Unhealthy(reason, silent=silent)
+
+
+# ---- a step of a weight update
+
+
+def step(client: ServerClient, limit_s: float = 5.0) -> Awaitable[Any]:
+    return client.control("/begin_weight_update", {"a": 1}, limit_s=limit_s)
+
+
+def test_a_step_of_an_update_is_sent_as_it_is() -> None:
+    fake = on_fake(step, begin_weight_update=answering({"success": True, "message": "ok"}))
+    assert fake.bodies == [{"a": 1}]
+
+
+@pytest.mark.parametrize(
+    ("handler", "limit_s", "said"),
+    [
+        (answering({"success": False, "message": "no session"}, 400), 5.0, "HTTP 400: no session"),
+        (answering("nothing"), 5.0, "not JSON"),
+        (dropping, 5.0, "the connection broke"),
+        (hanging, 0.1, r"no answer within 0\.1 s; look at the server, or raise sync\.timeout_s"),
+    ],
+)
+def test_a_step_that_fails_is_a_sync_error_and_is_not_tried_again(
+    handler: Handler, limit_s: float, said: str
+) -> None:
+    bodies: list[Any] = []
+
+    async def counted(request: web.Request) -> web.StreamResponse:
+        bodies.append(await request.json())
+        return await handler(request)
+
+    with pytest.raises(SyncError, match=rf"/begin_weight_update: .*{said}") as caught:
+        on_fake(lambda client: step(client, limit_s), begin_weight_update=counted)
+    assert "\n" not in str(caught.value) and len(bodies) == 1
