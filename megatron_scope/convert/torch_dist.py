@@ -7,6 +7,7 @@ torch.distributed.checkpoint that says which block of which tensor lies where; `
 
 from __future__ import annotations
 
+import enum
 import io
 import itertools
 import math
@@ -64,8 +65,17 @@ _STORAGES = {
 }
 
 
+def _member(kind: Any, name: str) -> enum.Enum:
+    """A member of an enumeration by name, and nothing else that getattr could reach."""
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum)):
+        raise pickle.UnpicklingError(f"it takes {name!r} of {kind!r}, which is no enumeration")
+    return kind[name]
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
+        if (module_name, global_name) == ("builtins", "getattr"):
+            return _member  # as Python 3.11.0 to 3.11.3 pickles members of enumerations
         if global_name not in _NAMES.get(module_name, ()):
             raise pickle.UnpicklingError(f"it names {module_name}.{global_name}, which no checkpoint needs")
         return super().find_class(module_name, global_name)

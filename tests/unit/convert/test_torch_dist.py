@@ -1,8 +1,10 @@
 """`torch_dist` checkpoints: what is written is read by torch and by us, and what is broken is refused."""
 
+import io
 import itertools
 import os
 import pickle
+import re
 import signal
 
 import pytest
@@ -11,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from megatron_scope.convert import torch_dist, torch_dist_writer
 from megatron_scope.convert.torch_dist import BACKEND_FILE, COMMON, METADATA, TorchDistFolder
@@ -254,6 +257,25 @@ def test_a_metadata_file_that_would_run_something_is_refused_and_does_not(
     message = problem(lambda: TorchDistFolder(folder))
     assert f"it names {name}, which no checkpoint needs" in message.replace("__builtin__", "builtins")
     assert not mark.exists()
+
+
+def test_members_of_enumerations_are_read_as_every_python_writes_them():
+    """Python 3.11.0 to 3.11.3 write a call of getattr."""
+    for written in (WriteItemType.SHARD, Runs(getattr, WriteItemType, "SHARD")):
+        read = torch_dist._MetadataUnpickler(io.BytesIO(pickle.dumps(written))).load()
+        assert read is WriteItemType.SHARD
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((torch.Size, "__init__"), "it takes '__init__' of .*Size.*, which is no enumeration"),
+        ((WriteItemType, "__class__"), "__class__"),
+    ],
+)
+def test_getattr_reaches_nothing_else(folder, arguments, said):
+    (folder / METADATA).write_bytes(pickle.dumps(Runs(getattr, *arguments)))
+    assert re.search(said, problem(lambda: TorchDistFolder(folder)))
 
 
 def test_a_name_cannot_reach_through_an_allowed_one(folder):
