@@ -41,8 +41,8 @@ class ScoringError(ScopeError):
 
 
 class ParityError(ScopeError):
-    """The trainer's log-probs lie further from the rollout engine's than allowed; the optimizer was not
-    touched.
+    """The trainer's log-probs lie further from the rollout engine's than allowed; nothing is learnt from its
+    responses.
     """
 
     on_every_rank = True

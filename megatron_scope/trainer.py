@@ -166,11 +166,11 @@ class Trainer:
             weighed = self.objective.weigh(batch.table, scores.student_mean, scores.teacher_mean)
         with clock.stage("update"):
             update = self.update(step, batch, scores, weighed)
+        with clock.stage("record"):
+            self.record(step, batch, scores, weighed)
         with clock.stage("publish"):
             self.publish(version=step)
             self.check_parity()
-        with clock.stage("record"):
-            self.record(step, batch, scores, weighed)
         row = step_metrics(
             step=step,
             update=update,

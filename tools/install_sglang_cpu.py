@@ -113,6 +113,8 @@ def _make(folder: Path, python: Path) -> None:
 def _remove(folder: Path) -> None:
     """An unfinished environment, out of the way at once: a removal that is cut short is not met again."""
     aside = folder.with_name(f"{folder.name}.old")
+    if aside.exists() and not (aside / STARTED).exists():
+        raise InstallError(f"{aside} is in the way and not of this script; move it, or give another --dir")
     shutil.rmtree(aside, ignore_errors=True)
     if folder.exists():
         folder.rename(aside)

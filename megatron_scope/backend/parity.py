@@ -32,15 +32,20 @@ class LogprobGap:
         return cls(math.nan, math.nan, math.nan, 0)
 
     def check(self, limit: float | None, engine: str = "the rollout engine") -> None:
-        """Raises ParityError for a mean over `limit`, or one that is not a number; None never raises."""
+        """Raises ParityError for a mean over `limit`, or over no token at all; never where that is None."""
         if limit is None or self.mean <= limit:
             return
+        if not self.num_tokens:
+            raise ParityError(
+                f"{engine} drew no token to compare with the trainer's log-probs; look at its log, or set "
+                "rollout.logprob_gap_limit=null"
+            )
         raise ParityError(
             f"the trainer's log-probs are {self.mean:.3g} nats a token off those of {engine} on average "
             f"(at most {self.max:.3g}, KL(engine || trainer) {self.kl:.3g}), over "
-            f"rollout.logprob_gap_limit={limit:g}; the optimizer was not touched. Likely the engine serves "
-            "other weights (stale, or of another model), computes in another precision, draws at another "
-            "rollout.temperature or has another tokenizer: mend that, or raise the limit"
+            f"rollout.logprob_gap_limit={limit:g}; nothing is learnt from its responses. Likely the engine "
+            "serves other weights (stale, or of another model), computes in another precision, draws at "
+            "another rollout.temperature or has another tokenizer: mend that, or raise the limit"
         )
 
 

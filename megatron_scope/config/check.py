@@ -6,7 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from megatron_scope.config.needs import corrects_engine, draws_responses, needs_teacher, teacher_is_served
+from megatron_scope.config.needs import (
+    corrects_engine,
+    draws_responses,
+    needs_states_anew,
+    needs_teacher,
+    teacher_is_served,
+)
 from megatron_scope.config.schema import (
     Config,
     Divergence,
@@ -259,11 +265,16 @@ def _check_objective(config: Config) -> None:
 
 
 def _check_parity(config: Config) -> None:
-    """What may be asked about the engine's log-probs."""
+    """What may be asked about the engine's log-probs, and about when they are compared and scored."""
     rollout, objective = config.rollout, config.objective
     limit = rollout.logprob_gap_limit
     if limit is not None and not limit > 0:
         raise ConfigError(f"rollout.logprob_gap_limit is {limit}: it must be above 0; null sets no limit")
+    if rollout.overlap_scoring and needs_states_anew(config):
+        raise ConfigError(
+            "rollout.overlap_scoring is true with teacher.hidden_states_overflow=recompute, which is decided "
+            "for a step as a whole; set teacher.hidden_states_overflow=file, or rollout.overlap_scoring=null"
+        )
     if not draws_responses(config):
         for key, asked, off in (
             ("rollout.correction", corrects_engine(config), "none"),
@@ -306,12 +317,13 @@ def _check_served_teacher(config: Config) -> None:
             "teacher.server and teacher.megatron are both set: a served teacher needs no checkpoint; remove "
             "one of the two"
         )
-    students = {url.rstrip("/") for url in config.rollout.servers}
+    rollout = config.rollout
+    students = {url.rstrip("/") for url in (*rollout.servers, *filter(None, [rollout.router]))}
     shared = [url for url in servers if url.rstrip("/") in students]
     if shared and config.rollout.engine == Engine.SGLANG:
         raise ConfigError(
-            f"{shared[0]} is in both teacher.server and rollout.servers: the student's weights are loaded "
-            "into the latter; serve the teacher on servers of its own"
+            f"{shared[0]} is in both teacher.server and rollout.servers or rollout.router: the student's "
+            "weights are loaded into the latter; serve the teacher on servers of its own"
         )
 
 

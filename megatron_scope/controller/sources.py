@@ -119,7 +119,7 @@ class SampledRollouts(_Drawn):
             RolloutRequest(
                 prompt, 0, sample_seed(self._config.run.seed, 0, prompt.id, 0), f"probe/{prompt.id}"
             )
-            for prompt in self._drawer.peek(num_prompts)
+            for prompt in self._drawer.peek(min(num_prompts, self._config.rollout.prompts_per_step))
         ]
         tokens = min(num_tokens, self._params.max_new_tokens)
         return await self.service.probe(requests, dataclasses.replace(self._params, max_new_tokens=tokens))

@@ -64,11 +64,12 @@ class LaunchOptions:
 
 @dataclasses.dataclass(frozen=True)
 class LaunchCommand:
-    """A command line and what it adds to the environment. `api_key_env` names the variable with the API key,
-    which the words do not hold.
+    """A command line, `extra` words last, and what it adds to the environment. `api_key_env` names the
+    variable with the API key, which the words do not hold.
     """
 
     words: tuple[str, ...]
+    extra: tuple[str, ...]
     environment: Mapping[str, str]
     api_key_env: str | None
 
@@ -76,13 +77,15 @@ class LaunchCommand:
         """One line for a POSIX shell; the shell fills in the API key."""
         settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         key = [] if self.api_key_env is None else ["--api-key", f'"${self.api_key_env}"']
-        return " ".join([*settings, *map(shlex.quote, self.words), *key])
+        words, extra = (map(shlex.quote, part) for part in (self.words, self.extra))
+        return " ".join([*settings, *words, *key, *extra])
 
     def run(self) -> None:
         """Becomes the server: this process is replaced. ConfigError where it cannot start."""
         words = [*self.words]
         if self.api_key_env is not None:
             words += ["--api-key", _api_key(self.api_key_env)]
+        words += self.extra
         if shutil.which(words[0]) is None:
             raise ConfigError(f"--python is {words[0]}, which cannot be run; give a python that has sglang")
         if words[0] == sys.executable and importlib.util.find_spec("sglang") is None:
@@ -113,7 +116,8 @@ def launch_command(config: Config, options: LaunchOptions) -> LaunchCommand:
         words += [*CPU_WORDS, "--max-total-tokens", str(max(CPU_CACHE_TOKENS, context))]
     python = options.python or sys.executable
     return LaunchCommand(
-        words=(python, "-m", "sglang.launch_server", *words, *options.extra),
+        words=(python, "-m", "sglang.launch_server", *words),
+        extra=options.extra,
         environment=_environment(options),
         api_key_env=(config.rollout if options.role == "rollout" else config.teacher).api_key_env,
     )
@@ -182,7 +186,7 @@ def _environment(options: LaunchOptions) -> dict[str, str]:
 
 def _core_ranges(cores: int, ranks: int) -> str:
     """0-3|4-7: the cores of each rank."""
-    share = max(1, cores // ranks)
+    share = cores // ranks
     return "|".join(f"{rank * share}-{(rank + 1) * share - 1}" for rank in range(ranks))
 
 
@@ -216,13 +220,16 @@ def options_from(arguments: argparse.Namespace) -> LaunchOptions:
         raise ConfigError(f"--port is {arguments.port}; expected 1 to 65535")
     if arguments.tp < 1:
         raise ConfigError(f"--tp is {arguments.tp}; expected 1 or more")
+    cores = len(os.sched_getaffinity(0))
+    if arguments.device == "cpu" and arguments.tp > cores:
+        raise ConfigError(f"--tp is {arguments.tp}, but there are {cores} cores; each rank needs one")
     return LaunchOptions(
         role=arguments.role,
         device=arguments.device,
         host=arguments.host,
         port=arguments.port,
         tp=arguments.tp,
-        cores=os.cpu_count() or 1,
+        cores=cores,
         python=arguments.python,
         extra=tuple(arguments.extra),
     )

@@ -102,6 +102,7 @@ class SglangServer:
         environment = {**inherited, "OMP_NUM_THREADS": "1", **self.command.environment, **self._environment}
         if self.command.api_key_env is not None:
             words += ["--api-key", environment[self.command.api_key_env]]
+        words += self.command.extra
         with self.log_path.open("ab") as log:
             self._process = _SPAWNER.submit(
                 subprocess.Popen,

@@ -28,11 +28,17 @@ def test_the_error_says_how_far_it_is_and_why_that_may_be():
         "0.532 nats a token off those of rollout server http://a",
         "at most 2.1,",
         "KL(engine || trainer) 0.311",
-        "over rollout.logprob_gap_limit=0.05; the optimizer was not touched",
+        "over rollout.logprob_gap_limit=0.05; nothing is learnt from its responses",
         *("stale", "precision", "rollout.temperature", "tokenizer"),
     ):
         assert part in said
     assert raised.value.on_every_rank
+
+
+def test_an_engine_that_drew_nothing_is_told_apart():
+    LogprobGap.of_nothing().check(None)
+    with pytest.raises(ParityError, match=r"^rollout server http://a drew no token"):
+        LogprobGap.of_nothing().check(0.1, "rollout server http://a")
 
 
 def test_the_gap_over_several_engines_counts_every_token_once():

@@ -302,8 +302,21 @@ def test_values_out_of_range_are_refused(override, said):
         ),
         (
             ["teacher.server=[http://t:1, http://localhost:30000]"],
-            "http://localhost:30000 is in both teacher.server and rollout.servers: the student's weights are "
-            "loaded into the latter; serve the teacher on servers of its own",
+            "http://localhost:30000 is in both teacher.server and rollout.servers or rollout.router: the "
+            "student's weights are loaded into the latter; serve the teacher on servers of its own",
+        ),
+        (
+            ["teacher.server=http://t:1", "rollout.router=http://t:1/"],
+            "http://t:1 is in both teacher.server and rollout.servers or rollout.router",
+        ),
+        (
+            [
+                "rollout.overlap_scoring=true",
+                "objective.divergence=reverse_kl",
+                "teacher.hidden_states_overflow=recompute",
+            ],
+            "rollout.overlap_scoring is true with teacher.hidden_states_overflow=recompute, which is decided "
+            "for a step as a whole; set teacher.hidden_states_overflow=file, or rollout.overlap_scoring=null",
         ),
     ],
 )

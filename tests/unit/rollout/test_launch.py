@@ -113,7 +113,7 @@ def test_the_cache_of_a_cpu_server_holds_the_longest_sequence(command, folders):
     assert found["--max-total-tokens"] == found["--context-length"] == str(CPU_CACHE_TOKENS + 7)
 
 
-@pytest.mark.parametrize(("cores", "ranges"), [(8, "0-3|4-7"), (2, "0-0|1-1"), (1, "0-0|1-1")])
+@pytest.mark.parametrize(("cores", "ranges"), [(8, "0-3|4-7"), (3, "0-0|1-1"), (2, "0-0|1-1")])
 def test_the_ranks_of_a_cpu_server_share_the_cores(command, cores, ranges):
     environment = command(device="cpu", tp=2, cores=cores).environment
     assert environment["SGLANG_CPU_OMP_THREADS_BIND"] == ranges
@@ -132,7 +132,9 @@ def test_a_megatron_student_starts_with_dummy_weights_and_its_companions(command
 
 
 def test_extra_words_come_after_our_own(command):
-    assert flags(command(extra=("--port", "5", "--enable-metrics")))["--port"] == "5"
+    made = command({"rollout": {"api_key_env": "SERVER_KEY"}}, extra=("--port", "5", "--api-key", "mine"))
+    assert made.extra == ("--port", "5", "--api-key", "mine")
+    assert made.as_shell().endswith('--api-key "$SERVER_KEY" --port 5 --api-key mine')
 
 
 def test_the_shell_line_quotes_and_leaves_the_key_to_the_shell(command, folders, monkeypatch):
@@ -142,7 +144,7 @@ def test_the_shell_line_quotes_and_leaves_the_key_to_the_shell(command, folders,
     sections = {"student": {"hf": str(moved)}, "rollout": {"api_key_env": "SERVER_KEY"}}
     line = command(sections, extra=("--x", "$HOME")).as_shell()
     assert line.startswith("HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 ")
-    assert f"--model-path '{moved}'" in line and line.endswith("--x '$HOME' --api-key \"$SERVER_KEY\"")
+    assert f"--model-path '{moved}'" in line and line.endswith("--api-key \"$SERVER_KEY\" --x '$HOME'")
     assert "secret" not in line
 
 
@@ -213,7 +215,7 @@ def test_launch_prints_one_command_line_without_the_key(run, served, tmp_path, m
     assert (code, err) == (0, "") and out.count("\n") == 1
     assert f"python3 -m sglang.launch_server --model-path {tmp_path} " in out
     assert " --dtype float32 --context-length 64 " in out
-    assert out.endswith(" --trust 'a b' --api-key \"$SERVER_KEY\"\n") and "secret" not in out
+    assert out.endswith(" --api-key \"$SERVER_KEY\" --trust 'a b'\n") and "secret" not in out
 
 
 def test_launch_runs_what_it_prints_with_the_key(run, served, monkeypatch):
