@@ -74,8 +74,8 @@ def _check_version(url: str, version: Any) -> None:
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", str(version))
     if match is None or not ACCEPTED_SGLANG[0] <= tuple(map(int, match.groups())) < ACCEPTED_SGLANG[1]:
         raise RolloutError(
-            f"{url}: version is {one_line(version)!r}; expected SGLang from {first} to below {below} ({first} is "
-            "tested): serve with one of these, or set rollout.any_sglang_version=true"
+            f"{url}: version is {one_line(version)!r}; expected SGLang from {first} to below {below} "
+            f"({first} is tested): serve with one of these, or set rollout.any_sglang_version=true"
         )
 
 
