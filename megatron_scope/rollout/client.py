@@ -65,9 +65,9 @@ class ClientOptions:
     tried again here: whether another server shall answer is for the pool to say.
     """
 
-    request_timeout_s: float = 3600.0
-    control_timeout_s: float = 600.0
-    probe_timeout_s: float = 30.0
+    request_timeout_s: float
+    control_timeout_s: float
+    probe_timeout_s: float
     num_retries: int = 4
     first_delay_s: float = 0.25  # doubles with each retry
 
@@ -80,12 +80,13 @@ class ServerClient:
     """
 
     def __init__(
-        self, url: str, *, vocab_size: int, api_key: str | None = None, options: ClientOptions | None = None
+        self, url: str, *, vocab_size: int, options: ClientOptions, api_key: str | None = None
     ) -> None:
         self.url = url.rstrip("/")
         self._vocab_size, self._api_key = vocab_size, api_key
-        self._options = options or ClientOptions()
+        self._options = options
         self._session: aiohttp.ClientSession | None = None
+        self._once_session: aiohttp.ClientSession | None = None  # each request on a connection of its own
         self._sendings = itertools.count()
 
     async def __aenter__(self) -> ServerClient:
@@ -96,9 +97,10 @@ class ServerClient:
 
     async def close(self) -> None:
         """Closes the connections; the server aborts what was open on them."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        for session in (self._session, self._once_session):
+            if session is not None:
+                await session.close()
+        self._session = self._once_session = None
 
     # ---- what a server says about itself
 
@@ -189,7 +191,7 @@ class ServerClient:
         is refused or does not come within `limit_s`.
         """
         try:
-            answer = await self._exchange("POST", path, body, SyncError, True, limit_s)
+            answer = await self._exchange("POST", path, body, SyncError, limit_s=limit_s, once=True)
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as error:
             raise SyncError(
                 f"{self._at(path)}: the connection broke ({self._clean(error) or type(error).__name__}); is "
@@ -220,15 +222,25 @@ class ServerClient:
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
-            headers = {} if self._api_key is None else {"Authorization": f"Bearer {self._api_key}"}
             tracing = aiohttp.TraceConfig()
             tracing.on_connection_reuseconn.append(_note_reuse)
             self._session = aiohttp.ClientSession(
-                headers=headers,
+                headers=self._headers(),
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
                 trace_configs=[tracing],
             )
         return self._session
+
+    def _open_once_session(self) -> aiohttp.ClientSession:
+        """For requests that must not be sent twice: on a new connection none is lost to a stale one."""
+        if self._once_session is None:
+            self._once_session = aiohttp.ClientSession(
+                headers=self._headers(), connector=aiohttp.TCPConnector(limit=0, force_close=True)
+            )
+        return self._once_session
+
+    def _headers(self) -> dict[str, str]:
+        return {} if self._api_key is None else {"Authorization": f"Bearer {self._api_key}"}
 
     def _limit(self, method: str, path: str) -> tuple[float, str]:
         """The time limit of an exchange, and the setting that gives it."""
@@ -246,7 +258,7 @@ class ServerClient:
         delay = self._options.first_delay_s
         for attempt in itertools.count():
             try:
-                return await self._exchange(method, path, body, failure, parse)
+                return await self._exchange(method, path, body, failure, parse=parse)
             except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as error:
                 if attempt >= num_retries:
                     tries = f" after {attempt + 1} attempts" if num_retries else ""
@@ -264,14 +276,16 @@ class ServerClient:
         path: str,
         body: Any,
         failure: type[ScopeError],
-        parse: bool,
+        *,
+        parse: bool = True,
         limit_s: float | None = None,
+        once: bool = False,
     ) -> Any:
         usual_s, setting = self._limit(method, path)
         limit_s = usual_s if limit_s is None else limit_s
         where = self._at(path)
         try:
-            status, answer = await self._send(method, path, body, limit_s)
+            status, answer = await self._send(method, path, body, limit_s, once=once)
         except TimeoutError as error:
             raise (NoAnswer if failure is RolloutError else failure)(
                 f"{where}: no answer within {limit_s:g} s; look at the server, or raise {setting}"
@@ -298,18 +312,21 @@ class ServerClient:
                 f"{where}: the answer is not JSON: {self._clean(_text(answer))!r}; is this an SGLang server?"
             ) from error
 
-    async def _send(self, method: str, path: str, body: Any, limit_s: float) -> tuple[int, bytes]:
+    async def _send(
+        self, method: str, path: str, body: Any, limit_s: float, *, once: bool
+    ) -> tuple[int, bytes]:
         """Status and body of the answer.
 
         A connection from an earlier exchange may have been closed by the server meanwhile, which says nothing
         about the server: the request is sent again at once, in the end on a new connection. A `body` that is
-        to be another each time is a function.
+        to be another each time is a function. `once`: on a new connection, and never again.
         """
+        session = self._open_once_session() if once else self._open_session()
         async with asyncio.timeout(limit_s):
             while True:
                 connection = _Connection()
                 try:
-                    async with self._open_session().request(
+                    async with session.request(
                         method,
                         self._at(path),
                         json=body() if callable(body) else body,
@@ -319,7 +336,7 @@ class ServerClient:
                         connection.has_answered = True
                         return response.status, await response.read()
                 except (aiohttp.ClientConnectionError, ConnectionError):
-                    if connection.has_answered or not connection.is_reused:
+                    if once or connection.has_answered or not connection.is_reused:
                         raise
 
     def _clean(self, message: object) -> str:

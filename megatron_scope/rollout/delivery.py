@@ -23,6 +23,11 @@ class Delivery(Protocol):
         """The number under which the servers serve these weights."""
         ...
 
+    @property
+    def can_reach_later(self) -> bool:
+        """Whether `to_one` can still deliver; where not, a server without this version waits for the next."""
+        ...
+
     async def to_all(self, clients: Sequence[ServerClient]) -> dict[str, ScopeError]:
         """Delivers to all at once; the URL of each server that did not take them, with the reason."""
         ...
@@ -41,6 +46,11 @@ class DiskDelivery:
 
     folder: Path
     version: int
+
+    @property
+    def can_reach_later(self) -> bool:
+        """The folder stays where it is until the next version."""
+        return True
 
     async def to_all(self, clients: Sequence[ServerClient]) -> dict[str, ScopeError]:
         """Has every server load the folder."""

@@ -98,7 +98,7 @@ class Dispatch:
         self._roster.changed.set()
 
     async def _something_changed(self) -> None:
-        """Waits for an answer, a taken response or a server; RolloutError when no server comes back."""
+        """Waits for an answer, a taken response or a server; RolloutError when none comes back or can."""
         changed, now = self._roster.changed, asyncio.get_running_loop().time()
         if self._roster.is_serving or not (self._waiting or self._sent):
             self._alone_since = None
@@ -113,6 +113,8 @@ class Dispatch:
                     f"{self._options.start_timeout_s:g} s (rollout.start_timeout_s)",
                 )
             self._roster.explain()
+            if self._roster.is_lost:
+                raise self._roster.nobody_left(RolloutError, "no rollout server is left")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(left_s, EXPLAIN_POLL_S)):
                     await changed.wait()

@@ -12,8 +12,8 @@ from megatron_scope.errors import DataError, RolloutError
 from megatron_scope.rollout.client import ServerClient
 from megatron_scope.rollout.wire import one_line
 
-# The versions of SGLang whose protocol was tested: from the first on, below the second.
-TESTED_SGLANG = ((0, 5, 23), (0, 6, 0))
+# The versions of SGLang that are let in: from the first on, which is the tested one, below the second.
+ACCEPTED_SGLANG = ((0, 5, 23), (0, 6))
 EMBEDDED = "megatron_scope "
 # What a checkpoint's tensors depend on; SGLang ends when it loads weights of other shapes.
 SHAPE_KEYS = (
@@ -45,7 +45,7 @@ class Expectation:
 
 
 async def check_identity(client: ServerClient, expected: Expectation) -> None:
-    """RolloutError where the server is no SGLang of a tested version or serves another model.
+    """RolloutError where the server is no SGLang of an accepted version or serves another model.
 
     Another architecture's weights are taken by SGLang without a word, and those of another shape end it.
     """
@@ -70,12 +70,12 @@ async def check_identity(client: ServerClient, expected: Expectation) -> None:
 def _check_version(url: str, version: Any) -> None:
     if isinstance(version, str) and version.startswith(EMBEDDED):
         return
-    first, below = (".".join(map(str, bound)) for bound in TESTED_SGLANG)
+    first, below = (".".join(map(str, bound)) for bound in ACCEPTED_SGLANG)
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", str(version))
-    if match is None or not TESTED_SGLANG[0] <= tuple(map(int, match.groups())) < TESTED_SGLANG[1]:
+    if match is None or not ACCEPTED_SGLANG[0] <= tuple(map(int, match.groups())) < ACCEPTED_SGLANG[1]:
         raise RolloutError(
-            f"{url}: version is {one_line(version)!r}; tested is SGLang from {first} to below {below}: serve "
-            "with one of these, or set rollout.any_sglang_version=true"
+            f"{url}: version is {one_line(version)!r}; expected SGLang from {first} to below {below} "
+            f"({first} is tested): serve with one of these, or set rollout.any_sglang_version=true"
         )
 
 

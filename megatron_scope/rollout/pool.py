@@ -18,6 +18,9 @@ from megatron_scope.rollout.wire import RolloutRequest, StaleWeights
 
 __all__ = ["PoolOptions", "ServerPool", "Servers"]
 
+OUT_LOOK_S = 5.0  # for a look at a server that is out, for which the others wait; SGLang's /health takes 1 s
+FIT_POLL_S = 1.0  # how often at most servers are looked at while none can take new weights
+
 
 class ServerPool:
     """Draws responses from servers that all serve the published weights.
@@ -35,7 +38,7 @@ class ServerPool:
 
         The first time every server must be there, be what is expected and take the weights: RolloutError or
         SyncError for the first that is not. Later a server that fails is taken out, and one that was out
-        comes in; SyncError when none is left.
+        comes in; SyncError when none can take them for `start_timeout_s`, or none does.
         """
         if self._roster.delivery is None:
             await self._publish_first(delivery)
@@ -54,7 +57,7 @@ class ServerPool:
         Every response is of weight `version`. A prompt's requests go to one server, which then reads it
         once. Up to `max_untaken` calls of `on_rollout` are open at a time; meanwhile nothing more is asked.
         The first request that finally fails ends the others, and its error is raised, as are those of
-        `on_rollout`; RolloutError when no server is left for `start_timeout_s`.
+        `on_rollout`; RolloutError when no server is left for `start_timeout_s`, or can come back.
         """
         delivery = self._roster.delivery
         if delivery is None or delivery.version != version:
@@ -66,38 +69,72 @@ class ServerPool:
         dispatch = Dispatch(
             self._roster, self._options, requests, params, version=version, on_rollout=on_rollout
         )
-        try:
-            async with asyncio.TaskGroup() as group:
-                watch = group.create_task(self._roster.watch())
-                await dispatch.run()
-                watch.cancel()
-        except BaseExceptionGroup as failures:
-            raise _first(failures) from None
+        await self._watched(dispatch.run())
 
     async def probe(
         self, requests: Sequence[RolloutRequest], params: SamplingParams
     ) -> dict[str, list[Rollout]]:
         """The answers of each server in service, by URL, to the same requests, asked without a router.
 
-        A server that does not answer with the published weights is taken out; RolloutError when none is left.
+        A server that does not answer with the published weights, or hangs, is taken out; RolloutError when
+        none answers.
         """
-        delivery, roster = self._roster.delivery, self._roster
-        assert delivery is not None
-        answers: dict[str, list[Rollout]] = {}
+        roster, answers = self._roster, dict[str, list[Rollout]]()
 
         async def ask(member: Member) -> None:
-            asked = (
-                member.client.generate(request, params, version=delivery.version) for request in requests
-            )
             try:
-                answers[member.url] = await asyncio.gather(*asked)
+                drawn = await self._ask_all(member, requests, params)
             except (ServerFailure, StaleWeights) as error:
-                roster.take_out(member, str(error))
+                if member.state is not State.OUT:
+                    roster.take_out(member, str(error))
+            else:
+                if drawn is not None:
+                    answers[member.url] = drawn
 
-        await _all(*(ask(member) for member in roster.members if member.state is State.IN))
+        await self._watched(_all(*(ask(member) for member in roster.members if member.state is State.IN)))
         if not answers:
             raise roster.nobody_left(RolloutError, "no rollout server answers a probe")
         return answers
+
+    async def _ask_all(
+        self, member: Member, requests: Sequence[RolloutRequest], params: SamplingParams
+    ) -> list[Rollout] | None:
+        """What one server draws; None where it was taken out meanwhile. The first failure ends the others."""
+        delivery = self._roster.delivery
+        assert delivery is not None
+
+        async def draw(request: RolloutRequest) -> Rollout:
+            rollout = await member.client.generate(request, params, version=delivery.version)
+            member.answered()
+            return rollout
+
+        tasks: dict[asyncio.Task[Rollout], int] = {}
+        for request in requests:
+            task = asyncio.create_task(draw(request))
+            tasks[task] = len(request.prompt.token_ids) + params.max_new_tokens
+            member.begin(task, tasks[task])
+        try:
+            ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            if any(task.cancelled() for task in ended):
+                return None
+            for task in ended:
+                task.result()
+            return [task.result() for task in tasks]
+        finally:
+            for task, num_tokens in tasks.items():
+                task.cancel()
+                member.end(task, num_tokens)
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _watched(self, work: Coroutine[Any, Any, None]) -> None:
+        """Does `work` while the servers are looked after; the first error ends both."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                watch = group.create_task(self._roster.watch())
+                await work
+                watch.cancel()
+        except BaseExceptionGroup as failures:
+            raise _first(failures) from None
 
     async def close(self) -> None:
         """Closes the connections; servers abort what was open on them."""
@@ -117,17 +154,37 @@ class ServerPool:
 
     async def _publish_next(self, delivery: Delivery) -> None:
         roster = self._roster
-        roster.refresh()
-        await roster.drop_drained()
-        fit = await self._fit()
-        failures = await self._deliver(delivery, fit) if fit else {}
-        for member in fit:
-            if member.url in failures:
+        fit = await self._some_fit()
+        failures = await self._deliver(delivery, fit)
+        for member in roster.members:
+            if member not in fit:
+                roster.lacks_weights(member)
+            elif member.url in failures:
                 roster.take_out(member, str(failures[member.url]))
             else:
                 roster.take_in(member)
         if len(failures) == len(fit):
             raise roster.nobody_left(SyncError, f"no server took weight version {delivery.version}")
+
+    async def _some_fit(self) -> list[Member]:
+        """The servers that can take new weights; where there are none, waits `start_timeout_s` for one."""
+        roster, limit_s = self._roster, self._options.start_timeout_s
+        now = asyncio.get_running_loop().time
+        deadline = now() + limit_s
+        while True:
+            roster.refresh()
+            await roster.drop_drained()
+            fit = await self._fit()
+            if fit:
+                return fit
+            roster.explain()
+            if now() >= deadline:
+                raise roster.nobody_left(
+                    SyncError,
+                    "no rollout server can take new weights, and none came back within "
+                    f"{limit_s:g} s (rollout.start_timeout_s)",
+                )
+            await asyncio.sleep(min(self._options.health_interval_s, FIT_POLL_S))
 
     async def _fit(self) -> list[Member]:
         """The servers that can take new weights; those that were in and cannot are taken out."""
@@ -139,12 +196,15 @@ class ServerPool:
                 if member.state is State.IN:
                     fit.append(member)
                 return
-            unhealthy = await member.client.health()
             try:
-                if unhealthy is not None:
-                    raise RolloutError(unhealthy.reason)
-                await roster.check_fit(member)
+                async with asyncio.timeout(OUT_LOOK_S):
+                    unhealthy = await member.client.health()
+                    if unhealthy is not None:
+                        raise RolloutError(unhealthy.reason)
+                    await roster.check_fit(member)
                 fit.append(member)
+            except TimeoutError:
+                member.reason = f"no answer within {OUT_LOOK_S:g} s"
             except ScopeError as error:
                 member.reason = str(error)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from megatron_scope.errors import RolloutError, ScopeError, SyncError
 from megatron_scope.rollout.addresses import AddressBook
-from megatron_scope.rollout.client import NoAnswer, ServerClient, Unhealthy
+from megatron_scope.rollout.client import NoAnswer, ServerClient, ServerFailure, Unhealthy
 from megatron_scope.rollout.delivery import Delivery
 from megatron_scope.rollout.identity import Expectation, check_identity
 from megatron_scope.rollout.member import MAX_FAILURES, Member, State
@@ -55,6 +55,7 @@ class Roster:
         self.router = None if servers.router is None else Member(servers.connect(servers.router))
         self.delivery: Delivery | None = None
         self.changed = asyncio.Event()
+        self._without_weights: set[Member] = set()  # out, and seen not to have the current weights any more
 
     @property
     def watched(self) -> list[Member]:
@@ -69,6 +70,16 @@ class Roster:
         return any(
             member.state is not State.OUT and (member.is_listed or member.tasks) for member in self.members
         )
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether no server can come in with the current weights: none has them, and none can get them.
+
+        A server that is only silent may have them still.
+        """
+        listed = {member for member in self.members if member.is_listed}
+        delivery = self.delivery
+        return delivery is not None and not delivery.can_reach_later and listed <= self._without_weights
 
     def choose(self, home: Member | None) -> Member | None:
         """Where one more request goes: to `home` if it has room, else to the server with room and the fewest
@@ -112,8 +123,13 @@ class Roster:
     def nobody_left(self, failure: type[ScopeError], what: str) -> ScopeError:
         """The error that names every server and why it is out; raises a better explanation where known."""
         self._servers.explain()
-        seen = "; ".join(f"{member.url}: {member.reason}" for member in self.members)
-        return failure(f"{what}: {seen}. Start a server, or mend rollout.servers")
+        seen = "; ".join(f"{member.url}: {member.reason or 'is in again'}" for member in self.members)
+        advice = ". Start a server, or mend rollout.servers"
+        if self.delivery is not None and not self.delivery.can_reach_later:
+            advice += (
+                "; weights by broadcast reach a server only with the next version; go on with --resume auto"
+            )
+        return failure(f"{what}: {seen}{advice}")
 
     def explain(self) -> None:
         """Raises where the servers' end is known and final."""
@@ -137,6 +153,7 @@ class Roster:
     def take_in(self, member: Member) -> None:
         """`member` may be asked."""
         member.state, member.reason, member.num_failures = State.IN, "", 0
+        self._without_weights.discard(member)
         self.changed.set()
 
     async def watch(self) -> None:
@@ -216,12 +233,16 @@ class Roster:
         unhealthy = await member.client.health()
         if unhealthy is not None:
             member.reason = unhealthy.reason  # no news to anybody
+            if not unhealthy.silent:
+                self.lacks_weights(member)
             return
         try:
             if member is not self.router:
                 await self.check_fit(member)
                 await self._make_current(member)
         except ScopeError as error:
+            if not isinstance(error, ServerFailure):
+                self.lacks_weights(member)
             if str(error) != member.reason:
                 member.reason = str(error)
                 warn(f"rollout server {member.url} stays out: {error}")
@@ -229,6 +250,11 @@ class Roster:
         if member.is_listed:
             self.take_in(member)
             note(f"rollout server {member.url} is in")
+
+    def lacks_weights(self, member: Member) -> None:
+        """`member`, which is out, was seen not to have the current weights."""
+        self._without_weights.add(member)
+        self.changed.set()
 
     async def check_fit(self, member: Member) -> None:
         """ScopeError where a server that was out, and is healthy, could not take new weights.
@@ -243,6 +269,8 @@ class Roster:
         trouble = await self._version_trouble(member)
         if trouble is None:
             return
+        if trouble.silent:
+            raise NoAnswer(trouble.reason)
         assert self.delivery is not None
         if not await self.delivery.to_one(member.client):
             raise SyncError(f"{trouble.reason}: it waits for the next version")

@@ -78,6 +78,11 @@ class BroadcastDelivery:
         """The number under which the servers serve these weights."""
         return self._version
 
+    @property
+    def can_reach_later(self) -> bool:
+        """The servers' group is made once for a version: who was not in it waits for the next."""
+        return False
+
     async def meet(self, publishing: asyncio.Task[None]) -> list[ServedModel]:
         """The servers that shall take the weights; where there are none, the error of `publishing`, the
         pool's work.

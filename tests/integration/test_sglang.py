@@ -26,7 +26,7 @@ from megatron_scope.config import parse_config
 from megatron_scope.controller.core import summarise
 from megatron_scope.errors import RolloutError, SyncError
 from megatron_scope.records import JudgedRollout, Prompt, Rollout, SamplingParams, Verdict
-from megatron_scope.rollout.client import ServerClient
+from megatron_scope.rollout.client import ClientOptions, ServerClient
 from megatron_scope.rollout.launch import LaunchOptions, launch_command
 from megatron_scope.rollout.wire import RolloutRequest, StaleWeights, generate_body, parse_rollout
 from tests.helpers.models import (
@@ -61,7 +61,8 @@ class Reached:
     key: str | None = None
 
     def client(self) -> ServerClient:
-        return ServerClient(self.server.url, vocab_size=VOCAB_SIZE, api_key=self.key)
+        options = ClientOptions(request_timeout_s=600, control_timeout_s=600, probe_timeout_s=60)
+        return ServerClient(self.server.url, vocab_size=VOCAB_SIZE, api_key=self.key, options=options)
 
     def publish(self, folder: Path, version: int) -> None:
         async def update() -> None:

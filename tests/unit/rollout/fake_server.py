@@ -14,7 +14,9 @@ from megatron_scope.rollout.client import ClientOptions
 PARAMS = SamplingParams(temperature=0.6, top_p=0.9, top_k=20, max_new_tokens=4, stop_token_ids=(9,))
 PROMPT = Prompt("p7", (1, 2, 3), "6", "math")
 KEY = "s3cret-key"
-FAST = ClientOptions(request_timeout_s=5, control_timeout_s=5, num_retries=2, first_delay_s=0.01)
+FAST = ClientOptions(
+    request_timeout_s=5, control_timeout_s=5, probe_timeout_s=5, num_retries=2, first_delay_s=0.01
+)
 GOOD: dict[str, Any] = {
     "text": "45",
     "output_ids": [4, 5, 9],

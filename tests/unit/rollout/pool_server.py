@@ -185,6 +185,17 @@ class Collected(list[Rollout]):
             assert rollout.weight_version == version
 
 
+class OnceDelivery(DiskDelivery):
+    """Reaches servers only at once, as a broadcast does."""
+
+    @property
+    def can_reach_later(self) -> bool:
+        return False
+
+    async def to_one(self, client: ServerClient) -> bool:
+        return False
+
+
 class Stage:
     """Running servers, and a pool on them that has published VERSION."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -221,7 +222,7 @@ def test_a_failure_of_the_server_is_told_apart_and_left_to_the_pool(handler: Han
         return await handler(request)
 
     with pytest.raises(ServerFailure, match=said):
-        generate(counted, ClientOptions(request_timeout_s=0.1))
+        generate(counted, dataclasses.replace(FAST, request_timeout_s=0.1))
     assert len(calls) == 1
 
 

@@ -115,6 +115,25 @@ def step(client: ServerClient, limit_s: float = 5.0) -> Awaitable[Any]:
     return client.control("/begin_weight_update", {"a": 1}, limit_s=limit_s)
 
 
+@pytest.mark.parametrize("before", ["health", "step"])
+def test_a_step_is_not_sent_again_after_an_exchange_on_a_connection_that_stays_open(before: str) -> None:
+    """A server may close such a connection after it has read the request, and done what it says."""
+    bodies: list[Any] = []
+
+    async def first_only(request: web.Request) -> web.StreamResponse:
+        bodies.append(await request.json())
+        is_first = before == "step" and len(bodies) == 1
+        return await (answering({}) if is_first else dropping)(request)
+
+    async def two_exchanges(client: ServerClient) -> None:
+        assert await (client.health() if before == "health" else step(client)) in (None, {})
+        await step(client)
+
+    with pytest.raises(SyncError, match="the connection broke"):
+        on_fake(two_exchanges, begin_weight_update=first_only, health=answering(""))
+    assert len(bodies) == (1 if before == "health" else 2)
+
+
 def test_a_step_of_an_update_is_sent_as_it_is() -> None:
     fake = on_fake(step, begin_weight_update=answering({"success": True, "message": "ok"}))
     assert fake.bodies == [{"a": 1}]

@@ -21,7 +21,7 @@ from aiohttp import web
 from megatron_scope.errors import ConfigError, DataError, RolloutError, SyncError
 from megatron_scope.records import Prompt, Rollout, SamplingParams
 from megatron_scope.rollout.addresses import AddressBook
-from megatron_scope.rollout.client import RolloutRequest, ServerClient, sample_seed
+from megatron_scope.rollout.client import ClientOptions, RolloutRequest, ServerClient, sample_seed
 from megatron_scope.rollout.delivery import DiskDelivery
 from megatron_scope.rollout.embedded.app import EmbeddedApp
 from megatron_scope.rollout.embedded.model import ServedModel
@@ -34,6 +34,7 @@ from megatron_scope.rollout.pool import PoolOptions, ServerPool, Servers
 from megatron_scope.rollout.process import EmbeddedServer
 
 Make = Callable[..., Path]
+CLIENT = ClientOptions(request_timeout_s=120, control_timeout_s=120, probe_timeout_s=30)
 
 
 class Server:
@@ -354,7 +355,7 @@ def test_client_and_server_agree(make_model: Make) -> None:
     ]
 
     def connect(url: str) -> ServerClient:
-        return ServerClient(url, vocab_size=16, api_key="k")
+        return ServerClient(url, vocab_size=16, api_key="k", options=CLIENT)
 
     async def rollouts(pool: ServerPool, order: list[RolloutRequest]) -> dict[str, Rollout]:
         found: dict[str, Rollout] = {}
@@ -436,7 +437,7 @@ def test_a_child_server_serves_and_ends_cleanly(make_model: Make, tmp_path: Path
     params = SamplingParams(temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=8, stop_token_ids=())
 
     async def one(url: str) -> Rollout:
-        async with ServerClient(url, vocab_size=16) as client:
+        async with ServerClient(url, vocab_size=16, options=CLIENT) as client:
             request = RolloutRequest(Prompt("p", (1, 2), "", "math"), 0, 1, "r")
             return await client.generate(request, params)
 

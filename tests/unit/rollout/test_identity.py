@@ -33,14 +33,14 @@ def serving(path: Path | str, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("version", ["0.5.23", "0.5.23.post1", "0.5.99", "megatron_scope 0.1"])
-def test_tested_software_is_taken(version: str) -> None:
+def test_accepted_software_is_taken(version: str) -> None:
     check(serving("/none"), {"version": version}, Expectation(MODEL))
 
 
 @pytest.mark.parametrize("version", ["0.5.22", "0.6.0", "1.0", "main", "", None, 5])
 def test_other_software_is_refused_unless_it_is_allowed(version: Any) -> None:
     with pytest.raises(
-        RolloutError, match=r"tested is SGLang from 0\.5\.23 to below 0\.6\.0.*any_sglang_version=true"
+        RolloutError, match=r"expected SGLang from 0\.5\.23 to below 0\.6 \(.*any_sglang_version=true"
     ):
         check(serving("/none"), {"version": version}, Expectation(MODEL))
     check(serving("/none"), {"version": version}, Expectation(MODEL, any_sglang_version=True))

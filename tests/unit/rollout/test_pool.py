@@ -177,9 +177,9 @@ def test_the_key_goes_to_every_server() -> None:
         (lambda server: server.model.update(is_generation=False), "generates nothing"),
         (
             lambda server: setattr(server, "sglang", "0.4.9.post6"),
-            r"version is '0.4.9.post6'; tested is SGLang",
+            r"version is '0.4.9.post6'; expected SGLang from 0.5.23 to below 0.6 \(0.5.23 is tested\): serve",
         ),
-        (lambda server: setattr(server, "sglang", "0.6.1"), "from 0.5.23 to below 0.6.0"),
+        (lambda server: setattr(server, "sglang", "0.6.1"), "version is '0.6.1'; expected SGLang"),
         (lambda server: setattr(server, "sglang", None), "version is 'None'"),
     ],
 )

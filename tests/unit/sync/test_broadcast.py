@@ -235,7 +235,9 @@ def test_without_any_server_that_can_the_trainer_hears_why(servers):
 
 def test_a_returning_server_waits_for_the_next_version(servers):
     async def run() -> bool:
-        return await BroadcastDelivery(8, Groups(), timeout_s=1.0).to_one(servers[0])
+        delivery = BroadcastDelivery(8, Groups(), timeout_s=1.0)
+        assert delivery.can_reach_later is False
+        return await delivery.to_one(servers[0])
 
     assert asyncio.run(run()) is False
 
