@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import os
 import socket
 import sys
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from megatron_scope import weight_group
+from megatron_scope.backend import rendezvous
 from megatron_scope.backend.broadcast import WeightSender
 from megatron_scope.backend.distribute import gather_everywhere, on_rank_zero
 from megatron_scope.backend.export import gather_on_first, save_hf_folder
@@ -35,7 +35,6 @@ from megatron_scope.sync.disk import remove_old_versions
 MEGABYTE = 1_000_000
 # Beyond sync.timeout_s, which the controller watches too: it can say which server kept the others waiting.
 GRACE_S = 10.0
-CONNECT_S = 60.0
 POLL_S = 0.01
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _OK = "ok"  # a sender's report
@@ -208,7 +207,9 @@ class BroadcastPublisher:
 
     def _store(self) -> Any:
         """A connection to rank 0's store; other ranks reach it where they reached rank 0 at their start."""
-        return _connect("127.0.0.1" if self._ranks.rank == 0 else os.environ["MASTER_ADDR"], self._store_port)
+        return rendezvous.connect(
+            "127.0.0.1" if self._ranks.rank == 0 else os.environ["MASTER_ADDR"], self._store_port
+        )
 
 
 class _Stopped(Exception):
@@ -240,8 +241,8 @@ class _Lead:
         self._backend = "nccl" if device == "cuda" else "gloo"
         # The embedded server is the run's own: started with what belongs to the student.
         self._warned: set[str] | None = None if config.rollout.engine is Engine.EMBEDDED else set()
-        self._store = _listen(config.sync.master_port)
-        self._signals = _connect("127.0.0.1", self._store.port)
+        self._store = rendezvous.listen(config.sync.master_port)
+        self._signals = rendezvous.connect("127.0.0.1", self._store.port)
         self._members: dict[str, int] = {}  # the groups' servers: URL and ranks
         self._groups: dict[int, str] = {}
         self._sent: int | None = None  # the version that they have
@@ -349,36 +350,6 @@ class _Lead:
 
 def _report_key(route: _Route, stage: int) -> str:
     return f"{route.stop_key}-report-{stage}"
-
-
-def _listen(port: int) -> Any:
-    """Rank 0's store: it listens before any server is told of it, and waits for nobody."""
-    try:
-        return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-            "127.0.0.1", port, is_master=True, wait_for_workers=False
-        )
-    except dist.DistNetworkError as error:
-        raise SyncError(
-            f"port {port} of rank 0's host cannot be taken for weights by broadcast "
-            f"({_first_line(error)}); set sync.master_port to a free one, or to 0"
-        ) from None
-
-
-def _connect(host: str, port: int) -> Any:
-    try:
-        return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-            host, port, is_master=False, timeout=datetime.timedelta(seconds=CONNECT_S)
-        )
-    except dist.DistError as error:
-        raise SyncError(
-            f"rank 0's store at {host}:{port}, over which weights by broadcast begin, cannot be reached "
-            f"({_first_line(error)}); open that port, or set sync.master_port to one that is open"
-        ) from None
-
-
-def _first_line(error: Exception) -> str:
-    """Without the stack of C++ that torch may add."""
-    return str(error).partition("\n")[0].rstrip(". ")
 
 
 def _said(failure: Exception) -> str:

@@ -361,6 +361,7 @@ def test_every_numeric_setting_has_a_range():
             "TOP_P",
             "TOP_K",
             "BETAS",
+            "PORTS",
         )
         for name in getattr(check, f"_{table}")
     }
