@@ -29,7 +29,7 @@ def listen(port: int) -> Any:
 
 
 def connect(host: str, port: int) -> Any:
-    """A connection to the store at `host:port`, which listens already; SyncError where it cannot be reached."""
+    """A connection to the store at `host:port`, which listens already; SyncError where it cannot be had."""
     try:
         # By itself first: torch takes twice the time, and prints its C++ stack on the way.
         socket.create_connection((host, port), timeout=CONNECT_S).close()

@@ -174,7 +174,7 @@ def test_a_server_that_refuses_a_step_ends_all_ranks_at_once(
             0,
             {"pipeline": 2},
             "^the controller process ended with exit code -9; ",
-            {"/server_info", "/model_info"},
+            {"/health", "/server_info", "/model_info"},
         ),
         (
             "no memory for buckets",
@@ -184,6 +184,7 @@ def test_a_server_that_refuses_a_step_ends_all_ranks_at_once(
             None,
         ),
     ],
+    ids=["unreachable-store", "dead-controller", "no-memory"],
 )
 def test_a_rank_that_cannot_go_on_ends_all_at_once(
     pool, settings, embedded, students, fault, rank, layout, said, asked
