@@ -202,15 +202,30 @@ def test_a_rank_that_cannot_go_on_ends_all_at_once(
     assert asked is None or paths <= asked, paths
 
 
-def test_a_server_whose_model_cannot_be_read_is_said_once(run, write, settings, students, tmp_path):
+def test_a_server_whose_model_cannot_be_read_is_said_once(run, write, settings, embedded, students, tmp_path):
+    """Although it is compared again for the group that a second server makes new."""
     folder = shutil.copytree(students["untied"], tmp_path / "elsewhere")
     options = ServeOptions(model=str(folder), load_format="dummy")
+    listed = tmp_path / "servers"
     with EmbeddedServer(options, log_path=tmp_path / "log") as server:
+
+        def add(path: str, body: Any) -> None:
+            if path == "/generate":
+                listed.write_text(f"{proxy.url}\n{embedded}")
+
         shutil.rmtree(folder)
-        result = run("train", write(on_server(settings, server.url, students["untied"])))
-    assert result.returncode == 0, result.stderr
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("warning:")]
-    assert line.startswith(f"warning: {server.url}: serves ") and "only its architecture was compared" in line
+        with Proxy(server.url, meet=add) as proxy:
+            listed.write_text(proxy.url)
+            settings = changed(
+                on_server(settings, proxy.url, students["untied"]),
+                rollout={"servers": [], "servers_file": str(listed)},
+                run={"steps": 3},
+            )
+            result = run("train", write(settings))
+        assert result.returncode == 0, result.stderr
+        assert version_of(server.url) == version_of(embedded) == "3"
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert line.startswith(f"warning: {proxy.url}: serves ") and "only its architecture was compared" in line
 
 
 def test_servers_that_come_and_go_get_a_group_of_their_own(pool, settings, embedded, students, tmp_path):
