@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import os
 import socket
+import sys
 import threading
 import time
 import urllib.parse
@@ -16,12 +16,13 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from megatron_scope import weight_group
+from megatron_scope.backend import rendezvous
 from megatron_scope.backend.broadcast import WeightSender
-from megatron_scope.backend.distribute import on_rank_zero
+from megatron_scope.backend.distribute import gather_everywhere, on_rank_zero
 from megatron_scope.backend.export import gather_on_first, save_hf_folder
 from megatron_scope.backend.model import StageModel
 from megatron_scope.backend.setup import Ranks
-from megatron_scope.config.schema import Config, SyncConfig, Transport
+from megatron_scope.config.schema import Config, Engine, Transport
 from megatron_scope.controller.process import ControllerProcess
 from megatron_scope.convert.mapping import exported_tensors
 from megatron_scope.errors import ScopeError, SyncError
@@ -34,11 +35,8 @@ from megatron_scope.sync.disk import remove_old_versions
 MEGABYTE = 1_000_000
 # Beyond sync.timeout_s, which the controller watches too: it can say which server kept the others waiting.
 GRACE_S = 10.0
-CONNECT_S = 60.0
 POLL_S = 0.01
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
 _OK = "ok"  # a sender's report
 
 
@@ -59,7 +57,7 @@ def build_publisher(
 ) -> Publisher:
     """The transport that sync.transport names; `controller` is rank 0's."""
     if config.sync.transport is Transport.BROADCAST:
-        return BroadcastPublisher(config.sync, stage, ranks, controller)
+        return BroadcastPublisher(config, stage, ranks, controller)
     return DiskPublisher(stage, ranks, folder, controller)
 
 
@@ -94,7 +92,6 @@ class _Route:
     groups: dict[int, str]  # name by pipeline stage
     world_size: int
     backend: str
-    store_port: int
     new: bool
     stop_key: str  # set in the store when it is no use to go on
 
@@ -108,8 +105,12 @@ class BroadcastPublisher:
     """
 
     def __init__(
-        self, sync: SyncConfig, stage: StageModel, ranks: Ranks, controller: ControllerProcess | None
+        self, config: Config, stage: StageModel, ranks: Ranks, controller: ControllerProcess | None
     ) -> None:
+        """A collective. SyncError on rank 0, and an error on every rank, where rank 0's store cannot listen
+        or a sender cannot reach it.
+        """
+        sync = config.sync
         self._sync, self._ranks = sync, ranks
         dtype = stage.config.params_dtype
         buckets = plan_buckets(exported_tensors(stage.entries), dtype, int(sync.bucket_mb * MEGABYTE))
@@ -117,19 +118,29 @@ class BroadcastPublisher:
         mine = (ranks.pipeline_rank, buckets) if self._sender.sends else None
         plans = gather_on_first(ranks, mine) if ranks.replica == 0 else []
         self._lead: _Lead | None = None
-        if ranks.rank == 0:
+
+        def listen() -> int:
             assert controller is not None
             stages = dict(plan for plan in plans if plan is not None)
-            self._lead = _Lead(sync, controller, stage.source.family.architecture, stages, ranks.device.type)
-        self._signals: Any = None  # the store, by a connection of its own: the group's may be waiting
+            architecture = stage.source.family.architecture
+            self._lead = _Lead(config, controller, architecture, stages, ranks.device.type)
+            return self._lead.store_port
+
+        self._store_port = on_rank_zero(ranks, listen)
+        self._signals = self._meet()  # the store, by a connection of its own: the group's may be waiting
 
     def publish(self, version: int) -> None:
         """Sends the weights; SyncError on rank 0, and an error on every rank, where any side failed."""
         lead = self._lead
-        route: Any = on_rank_zero(self._ranks, lambda: lead.prepare(version) if lead else None)
-        deadline = time.monotonic() + self._sync.timeout_s + GRACE_S
-        if lead is not None:
+
+        def begin() -> _Route:
+            assert lead is not None
+            route = lead.prepare(version)
             lead.start(route)
+            return route
+
+        route = on_rank_zero(self._ranks, begin)
+        deadline = time.monotonic() + self._sync.timeout_s + GRACE_S
         self._send(route, deadline)
         failure = lead.finish(route, deadline) if lead is not None else None
         try:
@@ -159,8 +170,6 @@ class BroadcastPublisher:
                 raise TimeoutError(f"not all sent within {self._sync.timeout_s:g} s (sync.timeout_s)")
 
         def join() -> None:
-            if self._signals is None:
-                self._signals = self._store(route)
             if route.new:
                 sender.join(lambda: self._join(route), check)
 
@@ -168,17 +177,15 @@ class BroadcastPublisher:
         # Also after a failure: the stage's other ranks take part in it.
         later = _failure_of(lambda: sender.send(check, failed=failure is not None))
         failure = failure or later
-        if self._signals is None:
-            raise failure or AssertionError
         told = _OK
         if failure is not None and not isinstance(failure, _Stopped):
-            told = f"rank {self._ranks.rank}: {type(failure).__name__}: {' '.join(str(failure).split())}"
+            told = f"rank {self._ranks.rank}: {_said(failure)}"
             self._signals.set(route.stop_key, "1")
         self._signals.set(_report_key(route, self._ranks.pipeline_rank), told)
 
     def _join(self, route: _Route) -> dist.ProcessGroup:
         return weight_group.join(
-            self._store(route),
+            self._store(),
             rank=weight_group.SENDER,
             world_size=route.world_size,
             name=route.groups[self._ranks.pipeline_rank],
@@ -186,9 +193,23 @@ class BroadcastPublisher:
             timeout_s=self._sync.timeout_s + 2 * GRACE_S,
         )
 
-    def _store(self, route: _Route) -> Any:
+    def _meet(self) -> Any:
+        """A sender's connection to rank 0's store, None on other ranks. A collective: all ranks hear of one
+        that cannot connect before any server is told to wait for it.
+        """
+        store: list[Any] = []
+        failure = _failure_of(lambda: store.append(self._store())) if self._sender.sends else None
+        told = f"rank {self._ranks.rank}: {_said(failure)}" if failure is not None else None
+        failures = [said for said in gather_everywhere(self._ranks, told) if said]
+        if failures:
+            on_rank_zero(self._ranks, lambda: _raise(SyncError("; ".join(failures))))
+        return store[0] if store else None
+
+    def _store(self) -> Any:
         """A connection to rank 0's store; other ranks reach it where they reached rank 0 at their start."""
-        return _connect("127.0.0.1" if self._ranks.rank == 0 else os.environ["MASTER_ADDR"], route.store_port)
+        return rendezvous.connect(
+            "127.0.0.1" if self._ranks.rank == 0 else os.environ["MASTER_ADDR"], self._store_port
+        )
 
 
 class _Stopped(Exception):
@@ -209,26 +230,30 @@ class _Lead:
 
     def __init__(
         self,
-        sync: SyncConfig,
+        config: Config,
         controller: ControllerProcess,
         architecture: str,
         stages: dict[int, tuple[WeightBucket, ...]],
         device: str,
     ) -> None:
-        self._sync, self._controller = sync, controller
+        self._sync, self._controller = config.sync, controller
         self._architecture, self._stages = architecture, stages
         self._backend = "nccl" if device == "cuda" else "gloo"
-        # It listens before any server is told of it, and waits for nobody.
-        self._store: Any = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-            "127.0.0.1", 0, is_master=True, wait_for_workers=False
-        )
-        self._signals = _connect("127.0.0.1", self._store.port)
+        # The embedded server is the run's own: started with what belongs to the student.
+        self._warned: set[str] | None = None if config.rollout.engine is Engine.EMBEDDED else set()
+        self._store = rendezvous.listen(config.sync.master_port)
+        self._signals = rendezvous.connect("127.0.0.1", self._store.port)
         self._members: dict[str, int] = {}  # the groups' servers: URL and ranks
         self._groups: dict[int, str] = {}
         self._sent: int | None = None  # the version that they have
         self._transfer: WeightTransfer | None = None
         self._outcome: threading.Thread | None = None
         self._error: BaseException | None = None
+
+    @property
+    def store_port(self) -> int:
+        """Where the store listens, on every address of this host."""
+        return self._store.port
 
     def prepare(self, version: int) -> _Route:
         """Meets the servers, compares their model, and decides on the groups."""
@@ -238,9 +263,7 @@ class _Lead:
         same = members == self._members and all(model.weight_version == str(self._sent) for model in served)
         if not same:
             for model in served:
-                check_served(
-                    model, self._architecture, (bucket for plan in self._stages.values() for bucket in plan)
-                )
+                self._check(model)
             name = f"megatron_scope-{uuid.uuid4().hex[:12]}"
             self._members = members
             self._groups = {number: f"{name}-stage{number}" for number in self._stages}
@@ -261,10 +284,19 @@ class _Lead:
             self._groups,
             world_size,
             self._backend,
-            self._store.port,
             not same,
             f"stop-{version}-{uuid.uuid4()}",
         )
+
+    def _check(self, model: ServedModel) -> None:
+        """Compares a server's model with the student; says once for each server what could not be
+        compared.
+        """
+        buckets = (bucket for plan in self._stages.values() for bucket in plan)
+        doubt = check_served(model, self._architecture, buckets)
+        if doubt is not None and self._warned is not None and model.url not in self._warned:
+            self._warned.add(model.url)
+            print(f"warning: {doubt}", file=sys.stderr, flush=True)
 
     def start(self, route: _Route) -> None:
         """Has the servers told; when one fails, the senders hear of it through the store."""
@@ -320,10 +352,11 @@ def _report_key(route: _Route, stage: int) -> str:
     return f"{route.stop_key}-report-{stage}"
 
 
-def _connect(host: str, port: int) -> Any:
-    return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-        host, port, is_master=False, timeout=datetime.timedelta(seconds=CONNECT_S)
-    )
+def _said(failure: Exception) -> str:
+    """In one line."""
+    if isinstance(failure, ScopeError):
+        return str(failure)
+    return f"{type(failure).__name__}: {' '.join(str(failure).split())}"
 
 
 def _failure_of(work: Callable[[], None]) -> Exception | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -19,6 +20,7 @@ from megatron_scope.backend.setup import Ranks
 from megatron_scope.records import WeightBucket
 
 POLL_S = 0.001
+_NOTHING = ("nothing", torch.empty(0))  # what comes after the last tensor
 
 Check = Callable[[], None]  # raises when it is no use to wait any longer
 
@@ -65,17 +67,18 @@ class WeightSender:
         A collective of the stage's ranks, which this rank runs to the end even when it cannot send any more
         (or has `failed` before): the error is raised after that. `check` is asked while it waits.
         """
+        tensors = stage_tensors(self._stage, self._ranks, self._stage.module.get_parameter)
         failure: Exception | None = None
-        on_its_way: dist.Work | None = None
-        for flat in self._packed(nothing=failed):
-            if failure is None:
-                failure = _attempt(on_its_way, check)
-            if failure is None:
-                assert self._group is not None
-                on_its_way = weight_group.broadcast(self._group, flat)
-        failure = failure or _attempt(on_its_way, check)
+        if self.sends and not failed:
+            try:
+                self._send_all(tensors, check)
+            except Exception as error:  # of torch and torch.distributed, of no one kind
+                failure = error
+                self.leave()  # so that the servers do not wait
+                traceback.clear_frames(error.__traceback__)  # they hold buckets; memory may be short
+        for _ in tensors:  # what is left of them: the stage's other ranks wait in the collectives
+            pass
         if failure is not None:
-            self.leave()  # so that the servers do not wait
             raise failure
 
     def leave(self) -> None:
@@ -84,20 +87,21 @@ class WeightSender:
         if group is not None:
             weight_group.leave(group)
 
-    def _packed(self, *, nothing: bool) -> Iterator[Tensor]:
-        """The flat buckets (uint8, on the model's device) one after another; none where this rank does not
-        send, or `nothing` is wanted of it.
-        """
-        tensors = stage_tensors(self._stage, self._ranks, self._stage.module.get_parameter)
-        if nothing or not self.sends:
-            for _ in tensors:
-                pass
-            return
+    def _send_all(self, tensors: Iterator[tuple[str, Tensor]], check: Check) -> None:
+        assert self._group is not None
+        on_its_way: dist.Work | None = None
+        for flat in self._packed(tensors):
+            _wait(on_its_way, check)
+            on_its_way = weight_group.broadcast(self._group, flat)
+        _wait(on_its_way, check)
+
+    def _packed(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[Tensor]:
+        """The flat buckets (uint8, on the model's device) one after another."""
         for bucket in self._buckets:
             flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._ranks.device)
             start = 0
             for expected, shape in zip(bucket.names, bucket.shapes, strict=True):
-                name, tensor = next(tensors)
+                name, tensor = next(tensors, _NOTHING)
                 if name != expected or tuple(tensor.shape) != shape:
                     raise AssertionError(f"{name} {tuple(tensor.shape)} came; planned: {expected} {shape}")
                 data = tensor.contiguous().view(-1).view(torch.uint8)
@@ -108,14 +112,11 @@ class WeightSender:
             raise AssertionError("more tensors came than were planned")
 
 
-def _attempt(work: dist.Work | None, check: Check) -> Exception | None:
-    """Waits for a broadcast; the error where it, or `check`, raises one."""
-    try:
-        while work is not None and not work.is_completed():
-            check()
-            time.sleep(POLL_S)
-        if work is not None:
-            work.wait()
-    except Exception as error:  # of torch.distributed, of no one kind
-        return error
-    return None
+def _wait(work: dist.Work | None, check: Check) -> None:
+    """Waits for a broadcast; raises its error, or that of `check`."""
+    if work is None:
+        return
+    while not work.is_completed():
+        check()
+        time.sleep(POLL_S)
+    work.wait()

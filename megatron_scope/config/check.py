@@ -80,6 +80,7 @@ _NOT_NEGATIVE = (
 _FINITE = ("objective.student_exponent", "objective.teacher_exponent")
 _TOP_P = ("rollout.top_p", "evaluate.top_p")
 _TOP_K = ("rollout.top_k", "evaluate.top_k")
+_PORTS = ("sync.master_port",)
 _BETAS = ("optimizer.beta1", "optimizer.beta2")
 
 
@@ -123,6 +124,7 @@ def _check_ranges(config: Config) -> None:
     _require(config, _BETAS, lambda v: 0 <= v < 1, "at least 0 and below 1")
     _require(config, _GROUPS, lambda v: v >= 2, "2 or more")
     _require(config, _CAPS, lambda v: math.isfinite(v) and v >= 1, "finite and 1 or more")
+    _require(config, _PORTS, lambda v: 0 <= v <= 65535, "from 0 to 65535 (0 takes a free one)")
     for token_id in config.data.stop_token_ids or ():
         if token_id < 0:
             raise ConfigError(f"data.stop_token_ids has {token_id}: token ids are 0 or more")

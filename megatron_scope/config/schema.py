@@ -264,6 +264,8 @@ class SyncConfig:
     # Where the servers reach rank 0's host; null: 127.0.0.1 if they are all on this one, else MASTER_ADDR or
     # the host's name.
     master_address: str | None = None
+    # Where rank 0's store listens, for servers and sending ranks to find each other; 0 takes a free port.
+    master_port: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

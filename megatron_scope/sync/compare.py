@@ -11,9 +11,9 @@ from megatron_scope.errors import DataError, SyncError
 from megatron_scope.records import ServedModel, WeightBucket
 
 
-def check_served(served: ServedModel, architecture: str, buckets: Iterable[WeightBucket]) -> None:
+def check_served(served: ServedModel, architecture: str, buckets: Iterable[WeightBucket]) -> str | None:
     """SyncError where the server tells of another architecture, or the folder that it was started with, if it
-    can be read from here, has other tensors than the buckets.
+    can be read from here, has other tensors than the buckets. Where it cannot, what was not compared and why.
     """
     where = f"{served.url}: serves {served.model_path!r}"
     mend = "start the server with the student's model, or mend rollout.servers"
@@ -21,8 +21,12 @@ def check_served(served: ServedModel, architecture: str, buckets: Iterable[Weigh
         raise SyncError(f"{where}, a {served.architectures[0]}; the student is a {architecture}: {mend}")
     try:
         sizes = _sizes(served.model_path)
-    except DataError:
-        return
+    except DataError as error:
+        compared = "only its architecture was" if served.architectures else "nothing was"
+        return (
+            f"{where}, which cannot be read here ({error}): {compared} compared with the student's, no name "
+            "and no size of a tensor"
+        )
     for bucket in buckets:
         for name, shape in zip(bucket.names, bucket.shapes, strict=True):
             found = sizes.pop(name, None)
@@ -31,6 +35,7 @@ def check_served(served: ServedModel, architecture: str, buckets: Iterable[Weigh
                 raise SyncError(f"{where}, which has {has} {name}; the student's is {list(shape)}: {mend}")
     if sizes:
         raise SyncError(f"{where}, which has {min(sizes)}; the student has no such tensor: {mend}")
+    return None
 
 
 def _sizes(path: str) -> dict[str, tuple[int, ...]]:

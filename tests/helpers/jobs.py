@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
+import types
 import unittest.mock
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_scope.config import parse_config
 from megatron_scope.config.schema import ParallelConfig, Precision
+from megatron_scope.environment import place
 from megatron_scope.errors import ScopeError
 
 
@@ -52,6 +55,58 @@ def error_of_training(settings: dict[str, Any]) -> tuple[str, str]:
     except ScopeError as error:
         return type(error).__name__, str(error)
     return "", "no error"
+
+
+def error_of_broken_training(settings: dict[str, Any], fault: str, rank: int) -> tuple[str, str]:
+    """The same with one of FAULTS on one rank."""
+    with contextlib.ExitStack() as stack:
+        if place().rank == rank:
+            stack.enter_context(FAULTS[fault]())
+        return error_of_training(settings)
+
+
+def _unreachable_store() -> Any:
+    from megatron_scope.backend import rendezvous
+
+    connect = rendezvous.connect
+    return unittest.mock.patch.object(rendezvous, "connect", lambda host, port: connect(host, 1))
+
+
+def _dead_controller() -> Any:
+    """From the moment on that the servers are to be told of weights by broadcast."""
+    from megatron_scope.controller.process import ControllerProcess
+
+    begin = ControllerProcess.begin
+
+    def kill_first(process: ControllerProcess, method: str, *args: Any) -> Any:
+        if method == "broadcast":
+            process._process.kill()
+            process._process.join()
+        return begin(process, method, *args)
+
+    return unittest.mock.patch.object(ControllerProcess, "begin", kill_first)
+
+
+def _no_memory_for_buckets() -> Any:
+    """From the second on."""
+    from megatron_scope.backend import broadcast
+
+    num_buckets = itertools.count()
+
+    def allocate(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if next(num_buckets) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return torch.empty(*args, **kwargs)
+
+    limited = types.SimpleNamespace(empty=allocate, uint8=torch.uint8)
+    return unittest.mock.patch.object(broadcast, "torch", limited)
+
+
+FAULTS = {
+    "unreachable store": _unreachable_store,
+    "dead controller": _dead_controller,
+    "no memory for buckets": _no_memory_for_buckets,
+}
 
 
 def num_threads() -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -26,6 +28,7 @@ from tests.helpers.sglang import SglangServer, SglangServers
 from tests.integration.conftest import start
 
 TRAIN = "tests.helpers.jobs:train"
+BROKEN = "tests.helpers.jobs:error_of_broken_training"
 TOLERANCE = 1e-5  # nats, float32 on both sides
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -154,6 +157,75 @@ def test_a_server_that_refuses_a_step_ends_all_ranks_at_once(
     rows = pool(2).run(TRAIN, settings)[0]
     assert [row["weight_version"] for row in rows] == [0, 1]
     assert all(row["logprob_gap_max"] < TOLERANCE for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("fault", "rank", "layout", "said", "asked"),
+    [
+        (
+            "unreachable store",
+            1,
+            {"pipeline": 2},
+            r"^rank 1: rank 0's store at 127.0.0.1:1, .* cannot be reached .*; open that port, or set ",
+            set(),
+        ),
+        (
+            "dead controller",
+            0,
+            {"pipeline": 2},
+            "^the controller process ended with exit code -9; ",
+            {"/health", "/server_info", "/model_info"},
+        ),
+        (
+            "no memory for buckets",
+            0,
+            {"tensor": 2},
+            r"^weight version 0 was not published: .*rank 0: OutOfMemoryError: out of memory$",
+            None,
+        ),
+    ],
+    ids=["unreachable-store", "dead-controller", "no-memory"],
+)
+def test_a_rank_that_cannot_go_on_ends_all_at_once(
+    pool, settings, embedded, students, fault, rank, layout, said, asked
+):
+    """With the reason on rank 0, and before the servers are told to wait for what will not come."""
+    paths: set[str] = set()
+    with Proxy(embedded, meet=lambda path, body: paths.add(path)) as proxy:
+        settings = changed(
+            on_server(settings, proxy.url, students["untied"]), parallel=layout, sync={"timeout_s": 200}
+        )
+        ranks = pool(2)
+        (_, message), (other, _) = ranks.run(BROKEN, settings, fault, rank)
+    assert re.search(said, message) and "\n" not in message, message
+    assert other == "FailedOnRankZero"
+    assert asked is None or paths <= asked, paths
+
+
+def test_a_server_whose_model_cannot_be_read_is_said_once(run, write, settings, embedded, students, tmp_path):
+    """Although it is compared again for the group that a second server makes new."""
+    folder = shutil.copytree(students["untied"], tmp_path / "elsewhere")
+    options = ServeOptions(model=str(folder), load_format="dummy")
+    listed = tmp_path / "servers"
+    with EmbeddedServer(options, log_path=tmp_path / "log") as server:
+
+        def add(path: str, body: Any) -> None:
+            if path == "/generate":
+                listed.write_text(f"{proxy.url}\n{embedded}")
+
+        shutil.rmtree(folder)
+        with Proxy(server.url, meet=add) as proxy:
+            listed.write_text(proxy.url)
+            settings = changed(
+                on_server(settings, proxy.url, students["untied"]),
+                rollout={"servers": [], "servers_file": str(listed)},
+                run={"steps": 3},
+            )
+            result = run("train", write(settings))
+        assert result.returncode == 0, result.stderr
+        assert version_of(server.url) == version_of(embedded) == "3"
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert line.startswith(f"warning: {proxy.url}: serves ") and "only its architecture was compared" in line
 
 
 def test_servers_that_come_and_go_get_a_group_of_their_own(pool, settings, embedded, students, tmp_path):

@@ -112,6 +112,62 @@ def test_a_failure_is_raised_after_the_stage_has_been_exported(rank, fails_at):
     assert taken == list(TENSORS) and network.left and len(network.sent) == fails_at
 
 
+@pytest.mark.parametrize("fails_at", [0, 1, 3])
+def test_memory_that_runs_out_is_raised_after_the_stage_has_been_exported(rank, monkeypatch, fails_at):
+    """What was packed is let go of first, so that the rest finds room."""
+    network = Network()
+    sender, taken = rank(network)
+    empty, allocated = torch.empty, []
+
+    def allocate(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(allocated) == fails_at:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        flat = empty(*args, **kwargs)
+        allocated.append(weakref.ref(flat))
+        return flat
+
+    held: list[int] = []
+
+    def tensors(*_: Any) -> Any:
+        for name, value in TENSORS.items():
+            taken.append(name)
+            yield name, value
+        held.append(sum(reference() is not None for reference in allocated))
+
+    monkeypatch.setattr(broadcast, "stage_tensors", tensors)
+    monkeypatch.setattr(broadcast.torch, "empty", allocate)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        sender.send(lambda: None)
+    assert taken == list(TENSORS) and network.left and held == [0]
+    assert len(network.sent) == max(fails_at - 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("came", "said"),
+    [
+        ({**TENSORS, "t2": torch.zeros(9, 9)}, r"t2 \(9, 9\) came; planned: t2 \(5, 4\)"),
+        (dict(list(TENSORS.items())[:-1]), r"nothing \(0,\) came; planned: t6 \(9, 4\)"),
+        ({**TENSORS, "t7": torch.zeros(1)}, "more tensors came than were planned"),
+    ],
+)
+def test_tensors_beside_the_plan_are_an_error_after_the_stage_has_been_exported(
+    rank, monkeypatch, came, said
+):
+    network = Network()
+    sender, _ = rank(network)
+    taken: list[str] = []
+
+    def tensors(*_: Any) -> Any:
+        for name, value in came.items():
+            taken.append(name)
+            yield name, value
+
+    monkeypatch.setattr(broadcast, "stage_tensors", tensors)
+    with pytest.raises(AssertionError, match=said):
+        sender.send(lambda: None)
+    assert taken == list(came) and network.left
+
+
 def test_a_wait_ends_when_it_is_no_use(rank):
     network = Network()
     sender, taken = rank(network)

@@ -82,6 +82,7 @@ def test_a_server_is_launched_without_what_a_run_needs_but_within_the_ranges():
         (["optimizer.warmup_steps=200"], {}),
         (["rollout.servers=[]", "rollout.servers_file=servers.txt"], {}),
         (["rollout.router=http://r:1"], {}),
+        (["sync.transport=broadcast", "sync.master_port=65535"], {}),
         (["teacher.hf=null", "run.output_dir=null", "data.train=null"], {"command": "evaluate"}),
     ],
 )
@@ -124,6 +125,8 @@ def test_what_must_be_accepted(overrides, options):
         ("rollout.top_k=0", "rollout.top_k is 0: it must be 1 or more, or -1 to turn it off"),
         ("optimizer.beta2=1", "optimizer.beta2 is 1.0: it must be at least 0 and below 1"),
         ("sync.bucket_mb=0", "sync.bucket_mb is 0.0: it must be finite and above 0"),
+        ("sync.master_port=-1", "sync.master_port is -1: it must be from 0 to 65535 (0 takes a free one)"),
+        ("sync.master_port=65536", "sync.master_port is 65536: it must be from 0 to 65535"),
         ("data.stop_token_ids=[1,-2]", "data.stop_token_ids has -2: token ids are 0 or more"),
     ],
 )
@@ -371,6 +374,7 @@ def test_every_numeric_setting_has_a_range():
             "TOP_P",
             "TOP_K",
             "BETAS",
+            "PORTS",
         )
         for name in getattr(check, f"_{table}")
     }

@@ -29,7 +29,8 @@ def check(student):
     buckets = plan_buckets(tensors, torch.float32, 4000)
 
     def run(folder, architectures=(ARCHITECTURE,)):
-        check_served(ServedModel("http://s", 1, "0", str(folder), architectures), ARCHITECTURE, buckets)
+        model = ServedModel("http://s", 1, "0", str(folder), architectures)
+        return check_served(model, ARCHITECTURE, buckets)
 
     return run
 
@@ -42,13 +43,19 @@ def changed_copy(student, folder, change):
 
 
 def test_the_students_own_folder_passes(check, student):
-    check(student)
+    assert check(student) is None
 
 
-def test_a_folder_that_cannot_be_read_from_here_passes(check, tmp_path):
-    check("/gone/with/the/old/version")
+def test_a_folder_that_cannot_be_read_from_here_passes_with_what_was_not_compared(check, tmp_path):
+    doubt = check("/gone/with/the/old/version")
+    assert doubt.startswith("http://s: serves '/gone/with/the/old/version', which cannot be read here (")
+    assert doubt.endswith(
+        ": only its architecture was compared with the student's, no name and no size of a tensor"
+    )
+    assert ": nothing was compared with the student's" in check("/gone", ())
     (tmp_path / "config.json").write_text("{")
-    check(tmp_path)
+    doubt = check(tmp_path)
+    assert "which cannot be read here" in doubt and "\n" not in doubt
 
 
 def test_another_architecture_is_refused_by_name(check, student):
