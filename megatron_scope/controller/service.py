@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_scope.config.keys import api_key
 from megatron_scope.config.schema import Config, Engine, RolloutConfig
 from megatron_scope.controller.arrivals import Arrive
-from megatron_scope.errors import ConfigError, RolloutError
+from megatron_scope.errors import RolloutError
 from megatron_scope.records import JudgedRollout, Rollout, SamplingParams, ServedModel, WeightTransfer
 from megatron_scope.rollout.addresses import AddressBook
 from megatron_scope.rollout.client import ClientOptions, RolloutRequest, ServerClient
@@ -29,7 +29,7 @@ class RolloutService:
         self._config = config
         self._vocab_size = vocab_size
         self._log_path = log_path
-        self._api_key = _api_key(config.rollout.api_key_env)
+        self._api_key = api_key("rollout.api_key_env", config.rollout.api_key_env)
         self._addresses = _addresses(config.rollout)
         self._embedded: EmbeddedServer | None = None
         self._pool: ServerPool | None = None
@@ -144,13 +144,3 @@ def _addresses(rollout: RolloutConfig) -> AddressBook:
     """Those of the config or of its file, which is read now, before there is other work."""
     file = None if rollout.servers_file is None else Path(rollout.servers_file).expanduser()
     return AddressBook(rollout.servers, file=file)
-
-
-def _api_key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    if not os.environ.get(variable):
-        raise ConfigError(
-            f"rollout.api_key_env names {variable}, which is not set; export it or unset the key"
-        )
-    return os.environ[variable]

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_scope.config.keys import api_key
 from megatron_scope.config.needs import draws_responses, teacher_reads
 from megatron_scope.config.schema import Config, Engine
 from megatron_scope.controller.arrivals import Arrive, Produce
@@ -41,7 +41,9 @@ class ServedTeacher:
             max_concurrent_requests=teacher.max_concurrent_requests,
             canary_tolerance=teacher.canary_tolerance,
         )
-        self._pool = TeacherPool(teacher.server or (), options, api_key=_api_key(teacher.api_key_env))
+        self._pool = TeacherPool(
+            teacher.server or (), options, api_key=api_key("teacher.api_key_env", teacher.api_key_env)
+        )
 
     async def start(self) -> None:
         """Returns once every server is healthy and serves the same model, which has the student's tokens and
@@ -169,13 +171,3 @@ def _first(failures: ExceptionGroup) -> Exception:
     """The earliest leaf of a task group's failures; the others only follow from it."""
     first = failures.exceptions[0]
     return _first(first) if isinstance(first, ExceptionGroup) else first
-
-
-def _api_key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    if not os.environ.get(variable):
-        raise ConfigError(
-            f"teacher.api_key_env names {variable}, which is not set; export it or unset the key"
-        )
-    return os.environ[variable]

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_scope.config.keys import api_key
 from megatron_scope.config.schema import Config, ModelConfig
 from megatron_scope.errors import ConfigError, DataError
 
@@ -84,7 +85,7 @@ class LaunchCommand:
         """Becomes the server: this process is replaced. ConfigError where it cannot start."""
         words = [*self.words]
         if self.api_key_env is not None:
-            words += ["--api-key", _api_key(self.api_key_env)]
+            words += ["--api-key", str(api_key("the config's api_key_env", self.api_key_env))]
         words += self.extra
         if shutil.which(words[0]) is None:
             raise ConfigError(f"--python is {words[0]}, which cannot be run; give a python that has sglang")
@@ -188,13 +189,6 @@ def _core_ranges(cores: int, ranks: int) -> str:
     """0-3|4-7: the cores of each rank."""
     share = cores // ranks
     return "|".join(f"{rank * share}-{(rank + 1) * share - 1}" for rank in range(ranks))
-
-
-def _api_key(name: str) -> str:
-    key = os.environ.get(name)
-    if not key:
-        raise ConfigError(f"the config's api_key_env is {name}, which is not set; put the API key into it")
-    return key
 
 
 # ---- the command line

@@ -241,7 +241,7 @@ def test_launch_runs_what_it_prints_with_the_key(run, served, monkeypatch):
         (("rollout.max_new_tokens=0",), "rollout.max_new_tokens is 0: it must be 1 or more"),
         (("student.hf=/nowhere",), "/nowhere/config.json"),
         (("student.hf=null",), "student.hf is not set: --role rollout serves it"),
-        (("--run",), "the config's api_key_env is SERVER_KEY, which is not set"),
+        (("--run",), "the config's api_key_env names SERVER_KEY, which is not set"),
         (
             ("--run", "rollout.api_key_env=null", "--python", "/nowhere/python"),
             "--python is /nowhere/python, which cannot be run",
