@@ -228,3 +228,53 @@ class ResponseCoefficients:
         return ResponseCoefficients(
             *(factor * getattr(self, field.name) for field in dataclasses.fields(self))
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightBucket:
+    """Tensors that travel together as one flat run of bytes, in this order and without gaps, by their
+    Hugging Face names; dtypes are torch's names ("float32").
+    """
+
+    names: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    num_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedModel:
+    """What a rollout server tells of itself: its ranks, its weights' version and the model it was given."""
+
+    url: str
+    tensor_parallel: int
+    weight_version: str
+    model_path: str
+    architectures: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StageTransfer:
+    """The weights of one pipeline stage: its buckets in order, and the process group that carries them."""
+
+    group_name: str
+    buckets: tuple[WeightBucket, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightTransfer:
+    """One publish without disk, as the servers hear of it.
+
+    In every group rank 0 is a rank of the trainer; the tensor-parallel ranks of each server follow from its
+    entry of `rank_offsets` (by URL) on. Groups that are `new` are made first, over the store at
+    `master_address:master_port`.
+    """
+
+    version: int
+    stages: tuple[StageTransfer, ...]
+    rank_offsets: dict[str, int]
+    world_size: int
+    backend: str  # "nccl" or "gloo"
+    master_address: str
+    master_port: int
+    new: bool

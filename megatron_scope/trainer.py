@@ -53,10 +53,10 @@ from megatron_scope.objective.objectives import WeighedResponses
 from megatron_scope.parity import check_servers
 from megatron_scope.preflight import check_files, max_positions, vocabulary, warnings_of
 from megatron_scope.progress import Progress
+from megatron_scope.publishing import Publisher, build_publisher
 from megatron_scope.records import MicroBatch, SequenceLimits, ServerProbe
 from megatron_scope.run_folder import RunFolder
 from megatron_scope.scoring import Scorer, Scores, StepScoring
-from megatron_scope.sync.disk import remove_old_versions
 
 PROBE_PROMPTS, PROBE_TOKENS = 4, 16  # what each rollout server draws for the parity gate
 
@@ -98,6 +98,7 @@ class Trainer:
             logprob_gap_limit=config.rollout.logprob_gap_limit,
         )
         self.controller: ControllerProcess | None = None
+        self.publisher: Publisher | None = None
         self.parity = LogprobGap.of_nothing()  # of the published weights
 
     def _prepare_folder(self) -> Path | None:
@@ -140,6 +141,11 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             stack.callback(self.student.release)
             on_rank_zero(self.ranks, lambda: self._start_controller(stack))
+            if self._publishes:
+                self.publisher = build_publisher(
+                    self.config, self.student.stage, self.ranks, self.folder, self.controller
+                )
+                stack.callback(self.publisher.close)
             first = self._restore(on_rank_zero(self.ranks, self._prepare_folder)) + 1
             progress = stack.enter_context(Progress(self.config, self.ranks.rank, first))
             if first <= self.config.run.steps:
@@ -239,17 +245,8 @@ class Trainer:
 
     def publish(self, version: int) -> None:
         """Hands the current weights to the rollout servers, under the number of updates that made them."""
-        if not self._publishes:
-            return
-        out = self.folder.weights_of(version)
-        save_hf_folder(self.student.stage, self.ranks, out)
-
-        def hand_over() -> None:
-            assert self.controller is not None
-            self.controller.call("publish", str(out), version)
-            remove_old_versions(self.folder.weights, keep=out)
-
-        on_rank_zero(self.ranks, hand_over)
+        if self.publisher is not None:
+            self.publisher.publish(version)
 
     def check_parity(self) -> None:
         """Compares what every server draws with the trainer's own log-probs; ParityError names the server

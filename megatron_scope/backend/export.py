@@ -17,7 +17,7 @@ from megatron_scope.backend.optimizer import Trainable
 from megatron_scope.backend.setup import Ranks
 from megatron_scope.convert.files import sync_to_disk
 from megatron_scope.convert.hf_writer import MAX_SHARD_BYTES, finish_folder
-from megatron_scope.convert.mapping import Peers, export_stage
+from megatron_scope.convert.mapping import Peers, export_stage, exported_tensors
 from megatron_scope.convert.safetensors_writer import SafetensorsWriter, TensorPlan, plan_shards
 
 
@@ -35,10 +35,10 @@ def save_hf_folder(stage: StageModel, ranks: Ranks, out: Path) -> None:
     dist.barrier(group=ranks.world_group)
     files = _plan_files(stage, ranks)
     with SafetensorsWriter(partial, files) as writer:
-        for name, tensor in _stage_tensors(stage, ranks, stage.module.get_parameter):
-            writer.write(name, 0, tensor)
+        for name, tensor in stage_tensors(stage, ranks, stage.module.get_parameter):
+            writer.write(name, 0, tensor.cpu().contiguous())
     if ranks.replica == 0:
-        planned = _gather_on_first(ranks, files)
+        planned = gather_on_first(ranks, files)
         if ranks.rank == 0:
             everything = {name: plans for files in planned for name, plans in files.items()}
             finish_folder(partial, stage.source.companions, everything)
@@ -52,14 +52,9 @@ def _plan_files(stage: StageModel, ranks: Ranks) -> dict[str, list[TensorPlan]]:
     """The weight files of a stage and what its first rank writes into each."""
     if ranks.place_in_stage != 0:
         return {}
-    sizes = {
-        name: size
-        for entries in stage.entries
-        for entry in entries
-        if not entry.copy
-        for name, size in zip(entry.hf, entry.hf_sizes, strict=True)
-    }
-    plans = [TensorPlan(name, size, stage.config.params_dtype) for name, size in sizes.items()]
+    plans = [
+        TensorPlan(name, size, stage.config.params_dtype) for name, size in exported_tensors(stage.entries)
+    ]
     return {
         f"model-{ranks.pipeline_rank:03d}-{number:05d}.safetensors": shard
         for number, shard in enumerate(plan_shards(plans, MAX_SHARD_BYTES), start=1)
@@ -70,19 +65,22 @@ def save_gradients(student: Trainable, ranks: Ranks, path: Path) -> None:
     """Writes the full summed gradient, float32, as one safetensors file (after a backward pass with whole
     gradients).
     """
-    mine = dict(_stage_tensors(student.stage, ranks, student.main_grad))
+    mine = {
+        name: grad.cpu().clone().contiguous()  # gradients change with the next backward pass
+        for name, grad in stage_tensors(student.stage, ranks, student.main_grad)
+    }
     if ranks.replica != 0:
         return
-    everything = {name: grad for part in _gather_on_first(ranks, mine) for name, grad in part.items()}
+    everything = {name: grad for part in gather_on_first(ranks, mine) for name, grad in part.items()}
     if ranks.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(everything, path)
 
 
-def _stage_tensors(
+def stage_tensors(
     stage: StageModel, ranks: Ranks, local: Callable[[str], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The stage's tensors on its first rank, nothing elsewhere."""
+    """The stage's tensors on its first rank, nothing elsewhere; see `export_stage`."""
     tensor = Peers(ranks.tensor_group, ranks.tensor_rank, ranks.tensor_size)
     expert = Peers(ranks.expert_group, ranks.expert_rank, ranks.expert_size)
     holds_first = ranks.place_in_stage < ranks.expert_size
@@ -95,7 +93,7 @@ def _stage_tensors(
     )
 
 
-def _gather_on_first(ranks: Ranks, value: object) -> list:
+def gather_on_first(ranks: Ranks, value: object) -> list:
     """The replica's values in rank order on its first rank, [] elsewhere."""
     size = dist.get_world_size(ranks.replica_group)
     gathered: list = [None] * size if ranks.is_leader else []

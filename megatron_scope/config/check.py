@@ -16,7 +16,6 @@ from megatron_scope.config.schema import (
     ObjectiveName,
     Preset,
     Schedule,
-    Transport,
 )
 from megatron_scope.errors import ConfigError
 
@@ -37,10 +36,7 @@ def _is_set(value: Any) -> bool:
 
 
 # Delete an entry when its feature is built and tested.
-_UNBUILT = (
-    _Unbuilt("teacher.server", _is_set, "teacher.hf"),
-    _Unbuilt("sync.transport", lambda v: v == Transport.BROADCAST, "disk"),
-)
+_UNBUILT = (_Unbuilt("teacher.server", _is_set, "teacher.hf"),)
 
 _POSITIVE_COUNTS = (
     "run.steps",
@@ -60,6 +56,7 @@ _POSITIVE_COUNTS = (
     "evaluate.max_new_tokens",
     "evaluate.bootstrap_resamples",
     "evaluate.diversity_tokens",
+    "sync.bucket_mb",
 )
 _GROUPS = ("evaluate.diversity_responses",)
 _CAPS = ("rollout.correction_cap",)

@@ -246,8 +246,14 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SyncConfig:
+    # Through a folder on a disk that trainer and servers share, or over process groups (NCCL; gloo on a CPU),
+    # which is faster and needs no disk: for models above 8B or so.
     transport: Transport = Transport.DISK
-    timeout_s: float = 600.0
+    timeout_s: float = 600.0  # for a server to load a folder, for one whole broadcast
+    bucket_mb: int = 512  # tensors that travel together in a broadcast; a larger one travels alone
+    # Where the servers reach rank 0's host; null: 127.0.0.1 if they are all on this one, else MASTER_ADDR or
+    # the host's name.
+    master_address: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

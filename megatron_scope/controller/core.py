@@ -17,7 +17,8 @@ from megatron_scope.config.needs import needs_engine_logprobs
 from megatron_scope.config.schema import Config, Truncated
 from megatron_scope.controller.arrivals import Arrivals
 from megatron_scope.controller.rows import ResponseRecord, write_step
-from megatron_scope.controller.sources import Source, open_source
+from megatron_scope.controller.service import RolloutService
+from megatron_scope.controller.sources import SampledRollouts, Source, open_source
 from megatron_scope.data.batching import response_table
 from megatron_scope.errors import DataError, RolloutError
 from megatron_scope.records import (
@@ -26,10 +27,12 @@ from megatron_scope.records import (
     Rollout,
     RolloutCounts,
     SequenceLimits,
+    ServedModel,
     ServerProbe,
     StepPart,
     StepSummary,
     Verdict,
+    WeightTransfer,
 )
 
 
@@ -74,6 +77,14 @@ class Controller:
         """Hands new weights to the rollout servers."""
         await self._source.publish(Path(folder), version)
 
+    async def meet_servers(self, version: int) -> list[ServedModel]:
+        """Begins to hand new weights to the servers without disk: those that shall take them."""
+        return await self._service.meet_servers(version)
+
+    async def broadcast(self, transfer: WeightTransfer) -> None:
+        """Has the servers take the weights that the ranks now send."""
+        await self._service.broadcast(transfer)
+
     async def probe(self, num_prompts: int, num_tokens: int) -> list[ServerProbe]:
         """A few tokens of every rollout server, in the order of their URLs."""
         answers = await self._source.probe(num_prompts, num_tokens)
@@ -107,6 +118,11 @@ class Controller:
         if self._arrivals is not None:
             await self._arrivals.stop()
         await self._source.close()
+
+    @property
+    def _service(self) -> RolloutService:
+        assert isinstance(self._source, SampledRollouts), "only sampling has servers"
+        return self._source.service
 
     @property
     def _current(self) -> Arrivals:

@@ -44,11 +44,15 @@ class ControllerProcess:
 
     def call(self, method: str, *args: Any) -> Any:
         """Runs a method of Controller in the child and returns its result."""
+        return self.begin(method, *args)()
+
+    def begin(self, method: str, *args: Any) -> Callable[[], Any]:
+        """Begins such a call; the returned function waits for its result, and comes before the next call."""
         try:
             self._connection.send((method, args))
         except (BrokenPipeError, OSError):
             raise self._died() from None
-        return self._receive()
+        return self._receive
 
     def _receive(self) -> Any:
         try:

@@ -10,14 +10,15 @@ from pathlib import Path
 from megatron_scope.config.schema import Config, Engine, RolloutConfig
 from megatron_scope.controller.arrivals import Arrive
 from megatron_scope.errors import ConfigError, RolloutError
-from megatron_scope.records import JudgedRollout, Rollout, SamplingParams
+from megatron_scope.records import JudgedRollout, Rollout, SamplingParams, ServedModel, WeightTransfer
 from megatron_scope.rollout.addresses import AddressBook
 from megatron_scope.rollout.client import ClientOptions, RolloutRequest, ServerClient
 from megatron_scope.rollout.delivery import DiskDelivery
-from megatron_scope.rollout.embedded.options import ServeOptions
+from megatron_scope.rollout.embedded.options import LoadFormat, ServeOptions
 from megatron_scope.rollout.identity import Expectation
 from megatron_scope.rollout.pool import PoolOptions, ServerPool, Servers
 from megatron_scope.rollout.process import EmbeddedServer
+from megatron_scope.sync.broadcast import BroadcastDelivery, Groups
 from megatron_scope.verify.pool import VerifierPool
 
 
@@ -32,21 +33,40 @@ class RolloutService:
         self._addresses = _addresses(config.rollout)
         self._embedded: EmbeddedServer | None = None
         self._pool: ServerPool | None = None
+        self._groups = Groups()
+        self._delivery: BroadcastDelivery | None = None
+        self._publishing: asyncio.Task[None] | None = None
         self._verifier = VerifierPool(config.verify.workers, config.verify.timeout_s)
 
     async def publish(self, folder: Path, version: int) -> None:
         """Has every server load the weights in `folder` as `version`, and reads the version back."""
         if self._pool is None:
-            self._pool = await self._connect(folder)
+            self._pool = await self._connect(folder, "auto")
         await self._pool.publish(DiskDelivery(folder, version))
 
-    async def _connect(self, folder: Path) -> ServerPool:
+    async def meet_servers(self, version: int) -> list[ServedModel]:
+        """Begins to publish `version` without disk: the servers that shall take it. `broadcast` goes on."""
+        if self._pool is None:
+            folder = Path(self._config.student.companions).expanduser()
+            self._pool = await self._connect(folder, "dummy")
+        self._delivery = BroadcastDelivery(version, self._groups, timeout_s=self._config.sync.timeout_s)
+        self._publishing = asyncio.create_task(self._pool.publish(self._delivery))
+        return await self._delivery.meet(self._publishing)
+
+    async def broadcast(self, transfer: WeightTransfer) -> None:
+        """Has the servers that were met take the weights, as the trainer's ranks send them."""
+        if self._delivery is None or self._publishing is None:
+            raise RuntimeError("weights come before the servers were met")
+        self._delivery.send(transfer)
+        await self._publishing
+
+    async def _connect(self, folder: Path, load_format: LoadFormat) -> ServerPool:
         """The pool of the servers; the embedded one is started with the model in `folder`."""
         rollout = self._config.rollout
         expected = Expectation.of_model(folder, any_sglang_version=rollout.any_sglang_version)
         if rollout.engine is Engine.EMBEDDED:
             embedded = self._embedded = EmbeddedServer(
-                ServeOptions(model=str(folder.absolute())),
+                ServeOptions(model=str(folder.absolute()), load_format=load_format),
                 log_path=self._log_path,
                 start_timeout_s=rollout.start_timeout_s,
             )
@@ -108,6 +128,11 @@ class RolloutService:
 
     async def close(self) -> None:
         """Closes connections, ends the embedded server and the verifiers."""
+        if self._publishing is not None:
+            self._publishing.cancel()  # where the trainer stopped in the middle
+            await asyncio.wait({self._publishing})
+        if self._embedded is None:
+            await self._groups.destroy()
         if self._pool is not None:
             await self._pool.close()
         if self._embedded is not None:

@@ -91,7 +91,7 @@ class SampledRollouts(_Drawn):
     ) -> None:
         super().__init__(drawer)
         self._config = config
-        self._service = service
+        self.service = service
         rollout = config.rollout
         self._params = SamplingParams(
             rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens, stops
@@ -109,10 +109,10 @@ class SampledRollouts(_Drawn):
             for prompt in self._drawer.draw(rollout.prompts_per_step)
             for sample in range(rollout.samples_per_prompt)
         ]
-        await self._service.produce(requests, self._params, version, arrive)
+        await self.service.produce(requests, self._params, version, arrive)
 
     async def publish(self, folder: Path, version: int) -> None:
-        await self._service.publish(folder, version)
+        await self.service.publish(folder, version)
 
     async def probe(self, num_prompts: int, num_tokens: int) -> dict[str, list[Rollout]]:
         requests = [
@@ -122,10 +122,10 @@ class SampledRollouts(_Drawn):
             for prompt in self._drawer.peek(num_prompts)
         ]
         tokens = min(num_tokens, self._params.max_new_tokens)
-        return await self._service.probe(requests, dataclasses.replace(self._params, max_new_tokens=tokens))
+        return await self.service.probe(requests, dataclasses.replace(self._params, max_new_tokens=tokens))
 
     async def close(self) -> None:
-        await self._service.close()
+        await self.service.close()
 
 
 class ReplayedRollouts:

@@ -242,26 +242,43 @@ def export_stage(
     tensor: Peers | None,
     expert: Peers | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields this stage's (Hugging Face name, CPU tensor) on the first rank, one parameter at a time.
+    """Yields this stage's (Hugging Face name, tensor) on the first rank, one parameter at a time and in the
+    order of `exported_tensors`.
 
     `entries` are those of each expert rank, in order (one list for a dense model); `local` gives a
     parameter's shard (or its gradient's) by name. `tensor` and `expert` are the groups that hold the first
-    rank's shards and experts, None for a rank outside of them. A collective: every rank of both must run it
-    to the end; all but the first yield nothing.
+    rank's shards and experts, None for a rank outside of them. A tensor may be the parameter itself: copy
+    what must outlive the next one or the next update. A collective: every rank of both groups must run it to
+    the end; all but the first yield nothing.
     """
-    mine = entries[expert.rank if expert else 0]
-    for number, entry in enumerate(mine):
+    for number, entry in enumerate(entries[expert.rank if expert else 0]):
         peers = tensor if entry.expert is None else expert
         if entry.copy or peers is None:
             continue
         parts = peers.gather(local(entry.parameter).detach().contiguous())
-        if entry.expert is None:
-            joined = [(entry, parts)] if parts else []
-        else:
-            joined = [(entries[rank][number], [part]) for rank, part in enumerate(parts)]
-        for whose, shards in joined:
-            values = whose.layout.join(shards, shape)
-            # A copy, so that a caller may keep it while the optimizer goes on.
-            yield from (
-                (name, value.cpu().clone().contiguous()) for name, value in zip(whose.hf, values, strict=True)
-            )
+        if not parts:
+            continue
+        for whose, shards in _joined(entries, number, parts):
+            yield from zip(whose.hf, whose.layout.join(shards, shape), strict=True)
+
+
+def _joined(
+    entries: Sequence[Sequence[Entry]], number: int, parts: Sequence[Any]
+) -> Iterator[tuple[Entry, Sequence[Any]]]:
+    """What the parts of the first rank's entry `number` are put together to: one parameter of all shards, or
+    one expert of each rank.
+    """
+    entry = entries[0][number]
+    if entry.expert is None:
+        yield entry, parts
+    else:
+        yield from ((entries[rank][number], [part]) for rank, part in enumerate(parts))
+
+
+def exported_tensors(entries: Sequence[Sequence[Entry]]) -> Iterator[tuple[str, Size]]:
+    """The (Hugging Face name, size) of what `export_stage` yields, in its order; needs no other rank."""
+    for number, entry in enumerate(entries[0]):
+        if entry.copy:
+            continue
+        for whose, _ in _joined(entries, number, entries):
+            yield from zip(whose.hf, whose.hf_sizes, strict=True)

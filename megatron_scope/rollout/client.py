@@ -184,6 +184,19 @@ class ServerClient:
                 "trainer use this server?"
             )
 
+    async def control(self, path: str, body: dict[str, Any], *, limit_s: float) -> dict[str, Any]:
+        """The answer to one step of a weight update, which is asked once and never again; SyncError where it
+        is refused or does not come within `limit_s`.
+        """
+        try:
+            answer = await self._exchange("POST", path, body, SyncError, True, limit_s)
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as error:
+            raise SyncError(
+                f"{self._at(path)}: the connection broke ({self._clean(error) or type(error).__name__}); is "
+                "the server up?"
+            ) from error
+        return as_object(answer, self._at(path), SyncError)
+
     async def pause(self, mode: str) -> None:
         """Pauses generation: abort, retract or in_place."""
         await self._request("POST", "/pause_generation", {"mode": mode}, RolloutError)
@@ -246,9 +259,16 @@ class ServerClient:
             delay *= 2
 
     async def _exchange(
-        self, method: str, path: str, body: Any, failure: type[ScopeError], parse: bool
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        failure: type[ScopeError],
+        parse: bool,
+        limit_s: float | None = None,
     ) -> Any:
-        limit_s, setting = self._limit(method, path)
+        usual_s, setting = self._limit(method, path)
+        limit_s = usual_s if limit_s is None else limit_s
         where = self._at(path)
         try:
             status, answer = await self._send(method, path, body, limit_s)

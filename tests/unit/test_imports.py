@@ -22,10 +22,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "environment": ("errors",),
     "config": ("errors",),
     "kernels": ("errors",),  # process groups come in as arguments
+    "weight_group": (),  # both ends of a broadcast make it in the same way
     "convert": (*_BASE, "config"),
     # The stages do not know each other; the trainer hands one's results to the next.
     "data": (*_BASE, "config"),
-    "rollout": (*_BASE, "config", "data.jsonl"),
+    "rollout": (*_BASE, "config", "data.jsonl", "weight_group"),
     "verify": (*_BASE, "config", "data.jsonl"),
     "objective": (*_BASE, "config", "data.jsonl", "kernels"),
     # A token loss is called with TokenTerms: the shape of the hook, which its two sides must share.
@@ -37,11 +38,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "convert",
         "environment",
         "objective.losses.TokenTerms",
+        "weight_group",
     ),
     "sync": (*_BASE, "config", "data.jsonl", "convert"),
     "evaluate": (*_BASE, "config", "data.jsonl"),
     # What joins stages.
-    "controller": (*_BASE, "config", "data", "rollout", "verify"),
+    "controller": (*_BASE, "config", "data", "rollout", "sync", "verify"),
+    "publishing": (
+        *(*_BASE, "config", "backend", "controller", "convert", "run_folder", "sync", "weight_group"),
+    ),
     "preflight": (*_BASE, "config", "convert", "data"),
     "metrics": (*_BASE, "config", "data.jsonl", "backend", "objective"),
     "parity": (*_BASE, "config", "backend", "scoring"),
@@ -71,6 +76,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
             "arriving",
             "scoring",
             "parity",
+            "publishing",
             "progress",
             "run_folder",
         ),

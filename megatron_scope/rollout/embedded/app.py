@@ -23,6 +23,7 @@ from megatron_scope.rollout.embedded.protocol import (
     build_response,
     parse_call,
 )
+from megatron_scope.rollout.embedded.weights import WeightReceiver
 
 MAX_BODY_BYTES = 2**28
 OPEN_PATHS = ("/health", "/ready")  # no API key needed, as in SGLang
@@ -42,6 +43,7 @@ class EmbeddedApp:
         self._model_path = options.model
         self._open: dict[str, tuple[Sample, asyncio.Future[Answer]]] = {}
         self._loop = asyncio.get_running_loop()
+        self._weights = WeightReceiver()
         self.engine = Engine(model, options, self._deliver)
 
     def application(self) -> web.Application:
@@ -59,6 +61,12 @@ class EmbeddedApp:
         posts = {
             "/generate": self._generate,
             "/update_weights_from_disk": self._update_weights,
+            "/update_weight_version": self._update_version,
+            "/init_weights_update_group": self._init_group,
+            "/destroy_weights_update_group": self._destroy_group,
+            "/begin_weight_update": self._begin_update,
+            "/update_weights_from_distributed": self._receive,
+            "/end_weight_update": self._end_update,
             "/pause_generation": self._pause,
             "/continue_generation": self._continue,
             "/flush_cache": self._flush,
@@ -85,7 +93,7 @@ class EmbeddedApp:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Callable[[web.Request], Any]) -> web.StreamResponse:
-        """Checks the API key and turns a BadRequest into SGLang's 400."""
+        """Checks the API key and turns refusals into SGLang's 400."""
         if self._api_key is not None and request.path not in OPEN_PATHS:
             expected = f"Bearer {self._api_key}".encode()
             if not hmac.compare_digest(request.headers.get("Authorization", "").encode(), expected):
@@ -94,6 +102,8 @@ class EmbeddedApp:
             return await handler(request)
         except BadRequest as error:
             return web.json_response(error.body, status=400)
+        except WeightsError as error:
+            return web.json_response({"success": False, "message": str(error)}, status=400)
 
     # ---- generation
 
@@ -145,15 +155,55 @@ class EmbeddedApp:
             None if version is None else str(version),
             abort_all=bool(body.get("abort_all_requests", False)),
         )
-        try:
-            num_paused = await _settled(update)
-        except WeightsError as error:
-            return web.json_response(
-                {"success": False, "message": str(error), "num_paused_requests": 0}, status=400
-            )
+        num_paused = await _settled(update)
         self._model_path = folder
         message = "Succeeded to update model weights."
         return web.json_response({"success": True, "message": message, "num_paused_requests": num_paused})
+
+    async def _update_version(self, request: web.Request) -> web.Response:
+        body = await _object(request)
+        version = str(_field(body, "new_version", str))
+        await _settled(self.engine.set_version(version, abort_all=bool(body.get("abort_all_requests", True))))
+        return _succeeded(f"Weight version updated to {version}", new_version=version)
+
+    async def _init_group(self, request: web.Request) -> web.Response:
+        body = await _object(request)
+        await self._weights.join(
+            master_address=_field(body, "master_address", str),
+            master_port=_field(body, "master_port", int),
+            rank=_field(body, "rank_offset", int),
+            world_size=_field(body, "world_size", int),
+            name=_field(body, "group_name", str),
+            backend=_field(body, "backend", str),
+        )
+        return _succeeded("Succeeded to initialize custom process group.")
+
+    async def _destroy_group(self, request: web.Request) -> web.Response:
+        self._weights.leave(_field(await _object(request), "group_name", str))
+        return _succeeded("Succeeded to destroy custom process group.")
+
+    async def _begin_update(self, request: web.Request) -> web.Response:
+        await _object(request)
+        self._weights.begin()
+        return _succeeded("Success")
+
+    async def _receive(self, request: web.Request) -> web.Response:
+        """One bucket of weights, which are taken into use at the end only."""
+        body = await _object(request)
+        if body.get("load_format") != "flattened_bucket":
+            raise BadRequest(f"load_format is {body.get('load_format')!r}: expected flattened_bucket")
+        names, dtypes, shapes = (_field(body, name, list) for name in ("names", "dtypes", "shapes"))
+        if not len(names) == len(dtypes) == len(shapes) > 0:
+            raise BadRequest("names, dtypes and shapes must be lists of one length, 1 or more")
+        await self._weights.receive(names, dtypes, shapes, _field(body, "group_name", str))
+        return _succeeded("Succeeded to update parameter online.")
+
+    async def _end_update(self, request: web.Request) -> web.Response:
+        await _object(request)
+        received = self._weights.end()
+        if received:
+            await _settled(self.engine.update_weights(received, None, abort_all=False))
+        return _succeeded("Success")
 
     async def _pause(self, request: web.Request) -> web.Response:
         mode = (await _object(request)).get("mode", "abort")
@@ -196,6 +246,9 @@ class EmbeddedApp:
             "model_path": self._model_path,
             "host": options.host,
             "dtype": options.dtype,
+            "tp_size": 1,
+            "pp_size": 1,
+            "dp_size": 1,
             "context_length": self.engine.limits.context_length,
             "max_running_requests": options.max_running_requests,
             "max_total_num_tokens": options.max_total_tokens,
@@ -232,6 +285,20 @@ async def _object(request: web.Request) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise BadRequest("the body must be a JSON object")
     return body
+
+
+def _field(body: dict[str, Any], name: str, kind: type[T]) -> T:
+    value = body.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise BadRequest(f"{name} is {value!r}: expected {_KINDS[kind]}")
+    return value
+
+
+_KINDS: dict[type, str] = {str: "a string", int: "an integer", list: "a list"}
+
+
+def _succeeded(message: str, **more: str) -> web.Response:
+    return web.json_response({"success": True, "message": message, **more})
 
 
 async def _settled(future: Future[T]) -> T:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from megatron_scope.rollout.embedded.block import Progress, SlotBlock, Stopped, block_length, block_slots
-from megatron_scope.rollout.embedded.model import Prefill, ServedModel, WeightsError
+from megatron_scope.rollout.embedded.model import Prefill, ServedModel, WeightsError, WeightSource
 from megatron_scope.rollout.embedded.options import ServeOptions
 from megatron_scope.rollout.embedded.prompt_cache import PromptCache
 from megatron_scope.rollout.embedded.protocol import Answer, Limits, Sample, close_span
@@ -47,7 +47,7 @@ class EngineState:
 class _Update:
     """Weights to take as soon as nothing runs, or the engine is paused."""
 
-    folder: str
+    source: WeightSource
     version: str | None
     done: Future[int]
 
@@ -99,15 +99,19 @@ class Engine:
         """Goes on after a pause."""
         return self._call(self._resume)
 
-    def update_weights(self, folder: str, version: str | None, *, abort_all: bool) -> Future[int]:
+    def update_weights(self, source: WeightSource, version: str | None, *, abort_all: bool) -> Future[int]:
         """Takes new weights once nothing runs (at once when paused); gives the number of paused samples.
 
-        Cached prefills are always forgotten. The future raises WeightsError where the folder does not hold
+        Cached prefills are always forgotten. The future raises WeightsError where the source does not hold
         this model's weights; the old ones then stay.
         """
-        update = _Update(folder, version, Future())
+        update = _Update(source, version, Future())
         self._post(lambda: self._queue_update(update, abort_all))
         return update.done
+
+    def set_version(self, version: str, *, abort_all: bool) -> Future[None]:
+        """Gives the weights another version; what runs carries both."""
+        return self._call(lambda: self._set_version(version, abort_all))
 
     def flush(self) -> Future[bool]:
         """Forgets cached prefills; False, and nothing done, while samples run or wait."""
@@ -326,18 +330,28 @@ class Engine:
 
     def _apply(self, update: _Update) -> None:
         try:
-            self._model.reload(update.folder)
+            self._model.reload(update.source)
         except WeightsError as error:
             update.done.set_exception(error)
             return
-        for block in self._blocks:
-            block.note_version(self._version)
-        for progress in self._waiting:
-            close_span(progress.spans, self._version, len(progress.output_ids))
+        self._close_spans()
         if update.version is not None:
             self._version = update.version
         self._prompts.clear()
         update.done.set_result(self._num_running() + len(self._waiting) if self._paused else 0)
+
+    def _set_version(self, version: str, abort_all: bool) -> None:
+        if abort_all:
+            self._abort(None)
+        self._close_spans()
+        self._version = version
+
+    def _close_spans(self) -> None:
+        """What has been sampled so far is of the version until now."""
+        for block in self._blocks:
+            block.note_version(self._version)
+        for progress in (*self._waiting, *self._held):
+            close_span(progress.spans, self._version, len(progress.output_ids))
 
     def _flush(self) -> bool:
         if self._num_running() or self._waiting or self._held:

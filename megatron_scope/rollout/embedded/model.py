@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from megatron_scope.errors import DataError
-from megatron_scope.rollout.embedded.options import DTypeName, require_model_folder
+from megatron_scope.rollout.embedded.options import DTypeName, LoadFormat, require_model_folder
 
 # Decoder-only families that cache plain keys and values per position.
 SUPPORTED_FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
@@ -45,12 +46,13 @@ FUNCTION_FIELDS = (
     "norm_topk_prob",
     "moe_intermediate_size",
 )
+WeightSource = str | Mapping[str, torch.Tensor]  # a folder, or tensors by their names in such a folder
 SCORE_LOGITS = 2**22  # logits held at once while scoring a prompt
 LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError)
 
 
 class WeightsError(Exception):
-    """A folder does not hold weights of the served model; the old ones stay."""
+    """What was given are not weights of the served model, or they did not come; the old ones stay."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,26 +103,18 @@ class SlotCache(Cache):
 class ServedModel:
     """A causal language model on the CPU, in memory of its own.
 
+    With `load_format` "dummy" its weights are random: for a server that a trainer gives its weights.
     Loaded tensors are copied: what the loader returns is mapped from the file, at any alignment, and would
     change with it. Raises DataError where the folder holds no model that this server can run.
     """
 
-    def __init__(self, folder: str, dtype: DTypeName) -> None:
+    def __init__(self, folder: str, dtype: DTypeName, load_format: LoadFormat = "auto") -> None:
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         self.folder = folder
         self.dtype = torch.float32 if dtype == "float32" else torch.bfloat16
         self.config = _read_config(folder)
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **self._load_arguments())
-        except LOAD_ERRORS as error:
-            raise DataError(
-                f"{folder}: cannot load the model: {_one_line(error)}; give a complete folder"
-            ) from error
-        self._model, info = loaded
-        wrong = _differences(info)
-        if wrong:
-            raise DataError(f"{folder}: the weights do not fit config.json: {wrong}; give a complete folder")
+        self._model: Any = self._load() if load_format == "auto" else self._random()
         for parameter in self._model.parameters():
             parameter.data = parameter.data.clone()
         self._model.eval()
@@ -134,6 +128,29 @@ class ServedModel:
         with torch.inference_mode():
             probe = self.prefill((0,), None)
         self._kv_shapes = [(keys.shape[1], keys.shape[3]) for keys in probe.keys]
+
+    def _load(self) -> Any:
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(self.folder, **self._load_arguments())
+        except LOAD_ERRORS as error:
+            raise DataError(
+                f"{self.folder}: cannot load the model: {_one_line(error)}; give a complete folder"
+            ) from error
+        model, info = loaded
+        wrong = _differences(info)
+        if wrong:
+            raise DataError(
+                f"{self.folder}: the weights do not fit config.json: {wrong}; give a complete folder"
+            )
+        return model
+
+    def _random(self) -> Any:
+        """The model with the weights that transformers begins a training from."""
+        settings: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": "sdpa"}
+        model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), **settings)
+        if (Path(self.folder) / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(self.folder, local_files_only=True)
+        return model
 
     def prefill(self, prompt: tuple[int, ...], logprob_start: int | None) -> Prefill:
         """Reads one prompt alone, at its exact length; scores the tokens after `logprob_start`."""
@@ -189,31 +206,40 @@ class ServedModel:
                 return False
         return True
 
-    def reload(self, folder: str) -> None:
-        """Takes the weights of `folder`, all or none; WeightsError where they are not of this model."""
-        if not Path(folder).is_dir():
-            raise WeightsError(f"{folder} is not a folder on this machine")
+    def reload(self, source: WeightSource) -> None:
+        """Takes the weights of `source`, all or none; WeightsError where they are not of this model."""
+        where = source if isinstance(source, str) else "the weights received"
+        if isinstance(source, str) and not Path(source).is_dir():
+            raise WeightsError(f"{source} is not a folder on this machine")
         try:
-            new = self._load_alike(folder)
+            new = self._load_alike(source)
         except WeightsError:
             raise
         except Exception as error:  # whatever a broken folder makes the loader raise, serving goes on
-            raise WeightsError(f"{folder}: {_one_line(error) or type(error).__name__}") from error
+            raise WeightsError(f"{where}: {_one_line(error) or type(error).__name__}") from error
         given = dict(new.named_parameters())
         for name, parameter in self._model.named_parameters():
             parameter.data.copy_(given[name].data)
 
-    def _load_alike(self, folder: str) -> Any:
-        """A second model from `folder`, of the same configuration, names and shapes; else WeightsError."""
-        if (Path(folder) / "config.json").exists():
-            self._compare_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    def _load_alike(self, source: WeightSource) -> Any:
+        """A second model from `source`, of the same configuration, names and shapes; else WeightsError."""
+        if isinstance(source, str):
+            if (Path(source) / "config.json").exists():
+                self._compare_config(AutoConfig.from_pretrained(source, local_files_only=True))
+            where, folder, tensors = source, source, None
+        else:
+            where, folder, tensors = "the weights received", None, dict(source)
         settings = copy.deepcopy((self.config, self._model.generation_config))
         new, info = type(self._model).from_pretrained(
-            folder, config=settings[0], generation_config=settings[1], **self._load_arguments()
+            folder,
+            config=settings[0],
+            generation_config=settings[1],
+            state_dict=tensors,
+            **self._load_arguments(),
         )
         wrong = _differences(info) or self._untied(new)
         if wrong:
-            raise WeightsError(f"{folder}: not weights of the served model: {wrong}")
+            raise WeightsError(f"{where}: not weights of the served model: {wrong}")
         return new
 
     def _load_arguments(self) -> dict[str, Any]:

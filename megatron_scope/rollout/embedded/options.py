@@ -10,6 +10,7 @@ from typing import Literal
 from megatron_scope.errors import DataError
 
 DTypeName = Literal["float32", "bfloat16"]
+LoadFormat = Literal["auto", "dummy"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,7 @@ class ServeOptions:
     host: str = "127.0.0.1"
     port: int = 30000
     dtype: DTypeName = "float32"
+    load_format: LoadFormat = "auto"  # dummy: random weights, until a trainer sends some
     max_running_requests: int = 256
     context_length: int | None = None
     max_total_tokens: int = 65536  # of key-value cache, over all running requests
@@ -43,6 +45,12 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--host", default=default["host"])
     add("--port", type=int, default=default["port"], help="0 takes a free one (see --port-file)")
     add("--dtype", choices=("float32", "bfloat16"), default=default["dtype"])
+    add(
+        "--load-format",
+        choices=("auto", "dummy"),
+        default=default["load_format"],
+        help="dummy: random weights, until a trainer sends some",
+    )
     add("--max-running-requests", type=int, default=default["max_running_requests"], metavar="N")
     add(
         "--context-length",

@@ -61,7 +61,7 @@ def serve(options: ServeOptions) -> None:
     with _bind(options) as listener:
         from megatron_scope.rollout.embedded.model import ServedModel
 
-        model = ServedModel(options.model, options.dtype)
+        model = ServedModel(options.model, options.dtype, options.load_format)
         asyncio.run(_serve(options, listener, model, api_key, parent))
 
 

@@ -10,6 +10,7 @@ from megatron_scope.convert.mapping import (
     Peers,
     checkpoint_key,
     export_stage,
+    exported_tensors,
     load_stage,
     model_entries,
     reading_order,
@@ -53,8 +54,7 @@ ALONE = Peers(None, 0, 1)
 
 def exported_by_one(entries, parameters, folder):
     """What a rank that holds the whole stage exports."""
-    found = export_stage([entries], parameters.__getitem__, folder.shape, ALONE, ALONE)
-    return dict(found)
+    return dict(export_stage([entries], parameters.__getitem__, folder.shape, ALONE, ALONE))
 
 
 CONFIGS = {
@@ -121,32 +121,13 @@ def test_what_is_loaded_is_exported_with_the_same_bits(folder, config, sizes):
     assert all(torch.equal(exported[name], tensor) for name, tensor in expected.items())
 
 
-def test_exported_tensors_do_not_follow_the_parameters(folder):
-    (entries,) = stages_of(folder, 3)
-    parameters = empty_parameters(folder, entries)
-    load_stage(parameters, entries, folder, 0, 1)
-    exported = exported_by_one(entries, parameters, folder)
-    before = {name: tensor.clone() for name, tensor in exported.items()}
-    for value in parameters.values():
-        value.zero_()
-    assert all(
-        tensor.is_contiguous() and torch.equal(tensor, before[name]) for name, tensor in exported.items()
-    )
-
-
-def test_the_parts_of_two_ranks_join_to_the_folder(folder, config):
-    (entries,) = stages_of(folder, 3)
-    ranks = []
-    for rank in range(2):
-        parameters = empty_parameters(folder, entries, rank, 2)
-        load_stage(parameters, entries, folder, rank, 2)
-        ranks.append(parameters)
-    expected = tensors(config)
-    for entry in entries:
-        parts = [parameters[entry.parameter] for parameters in ranks]
-        joined = entry.layout.join(parts if entry.expert is None else parts[:1], folder.shape)
-        for name, tensor in zip(entry.hf, joined, strict=True):
-            assert torch.equal(tensor, expected[name])
+@pytest.mark.parametrize("sizes", [(3,), (1, 2)])
+def test_names_sizes_and_order_of_an_export_are_known_before_it(folder, sizes):
+    for entries in stages_of(folder, *sizes):
+        parameters = empty_parameters(folder, entries)
+        load_stage(parameters, entries, folder, 0, 1)
+        found = export_stage([entries], parameters.__getitem__, folder.shape, ALONE, ALONE)
+        assert [(name, tuple(tensor.shape)) for name, tensor in found] == list(exported_tensors([entries]))
 
 
 # ---- experts

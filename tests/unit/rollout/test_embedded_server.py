@@ -466,6 +466,6 @@ def test_flags_give_the_options_back() -> None:
 
     parser = argparse.ArgumentParser()
     add_serve_arguments(parser)
-    options = ServeOptions("m", "0.0.0.0", 1, "bfloat16", 2, 3, 4, 5, "v", "KEY", "file", 6)
+    options = ServeOptions("m", "0.0.0.0", 1, "bfloat16", "dummy", 2, 3, 4, 5, "v", "KEY", "file", 6)
     assert options_from(parser.parse_args(flags_of(options))) == options
     assert options_from(parser.parse_args(["--model", "m"])) == ServeOptions("m")

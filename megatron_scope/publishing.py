@@ -1,0 +1,302 @@
+"""The publish stage: the student's weights to the rollout servers, by either transport."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import threading
+import time
+import urllib.parse
+import uuid
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from megatron_scope import weight_group
+from megatron_scope.backend.broadcast import WeightSender
+from megatron_scope.backend.distribute import gather_everywhere, on_rank_zero
+from megatron_scope.backend.export import gather_on_first, save_hf_folder
+from megatron_scope.backend.model import StageModel
+from megatron_scope.backend.setup import Ranks
+from megatron_scope.config.schema import Config, SyncConfig, Transport
+from megatron_scope.controller.process import ControllerProcess
+from megatron_scope.convert.mapping import exported_tensors
+from megatron_scope.errors import ScopeError, SyncError
+from megatron_scope.records import ServedModel, StageTransfer, WeightBucket, WeightTransfer
+from megatron_scope.run_folder import RunFolder
+from megatron_scope.sync.buckets import plan_buckets
+from megatron_scope.sync.compare import check_served
+from megatron_scope.sync.disk import remove_old_versions
+
+MEGABYTE = 1_000_000
+# Beyond sync.timeout_s, which the controller watches too: it can say which server kept the others waiting.
+GRACE_S = 10.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Publisher(Protocol):
+    """Hands weights to the servers. Collectives: every rank calls them."""
+
+    def publish(self, version: int) -> None:
+        """Hands over the weights as they are now, under the number of updates that made them."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of what lives between publishes, on this rank."""
+        ...
+
+
+def build_publisher(
+    config: Config, stage: StageModel, ranks: Ranks, folder: RunFolder, controller: ControllerProcess | None
+) -> Publisher:
+    """The transport that sync.transport names; `controller` is rank 0's."""
+    if config.sync.transport is Transport.BROADCAST:
+        return BroadcastPublisher(config.sync, stage, ranks, controller)
+    return DiskPublisher(stage, ranks, folder, controller)
+
+
+class DiskPublisher:
+    """Weights as folders under RUN/weights, of which only the last stays."""
+
+    def __init__(
+        self, stage: StageModel, ranks: Ranks, folder: RunFolder, controller: ControllerProcess | None
+    ) -> None:
+        self._stage, self._ranks, self._folder, self._controller = stage, ranks, folder, controller
+
+    def publish(self, version: int) -> None:
+        """Writes the folder and has every server load it."""
+        out = self._folder.weights_of(version)
+        save_hf_folder(self._stage, self._ranks, out)
+
+        def hand_over() -> None:
+            assert self._controller is not None
+            self._controller.call("publish", str(out), version)
+            remove_old_versions(self._folder.weights, keep=out)
+
+        on_rank_zero(self._ranks, hand_over)
+
+    def close(self) -> None:
+        """Nothing lives between publishes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Route:
+    """What the sending ranks must know of a transfer."""
+
+    groups: dict[int, str]  # name by pipeline stage
+    world_size: int
+    backend: str
+    store_port: int
+    new: bool
+    stop_key: str  # set in the store when it is no use to go on
+
+
+class BroadcastPublisher:
+    """Weights over process groups: one for each pipeline stage, in which the stage's first rank is rank 0 and
+    the servers are the others.
+
+    The groups live as long as the servers stay the same. After an error they are left, and nothing more can
+    be published by this object.
+    """
+
+    def __init__(
+        self, sync: SyncConfig, stage: StageModel, ranks: Ranks, controller: ControllerProcess | None
+    ) -> None:
+        self._sync, self._ranks = sync, ranks
+        dtype = stage.config.params_dtype
+        buckets = plan_buckets(exported_tensors(stage.entries), dtype, sync.bucket_mb * MEGABYTE)
+        self._sender = WeightSender(stage, ranks, buckets)
+        mine = (ranks.pipeline_rank, buckets) if self._sender.sends else None
+        plans = gather_on_first(ranks, mine) if ranks.replica == 0 else []
+        self._lead: _Lead | None = None
+        if ranks.rank == 0:
+            assert controller is not None
+            stages = dict(plan for plan in plans if plan is not None)
+            self._lead = _Lead(sync, controller, stage.source.family.architecture, stages, ranks.device.type)
+        self._signals: Any = None  # a store client of its own: another may be waiting in the group's
+
+    def publish(self, version: int) -> None:
+        """Sends the weights; SyncError on rank 0, and an error on every rank, where any side failed."""
+        lead = self._lead
+        route: Any = on_rank_zero(self._ranks, lambda: lead.prepare(version) if lead else None)
+        deadline = time.monotonic() + self._sync.timeout_s + GRACE_S
+        if self._signals is None and (self._sender.sends or lead is not None):
+            self._signals = self._store(route)
+        if lead is not None:
+            lead.start(self._signals, route)
+        failure = self._send(route, deadline)
+        failures = gather_everywhere(self._ranks, failure)
+
+        def finish() -> None:
+            if lead is not None:
+                lead.finish(failures)
+
+        try:
+            on_rank_zero(self._ranks, finish)
+        except ScopeError:
+            self._sender.leave()
+            raise
+
+    def close(self) -> None:
+        """Leaves the groups."""
+        self._sender.leave()
+
+    def _send(self, route: _Route, deadline: float) -> str | None:
+        """This rank's part; what went wrong in it."""
+        sender, failure = self._sender, None
+
+        def check() -> None:
+            if self._signals.check([route.stop_key]):
+                raise _Stopped
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not all sent within {self._sync.timeout_s:g} s (sync.timeout_s)")
+
+        if sender.sends and route.new:
+            failure = _failure_of(lambda: sender.join(lambda: self._join(route), check))
+        # Also after a failure: the stage's other ranks take part in it.
+        failure = failure or _failure_of(lambda: sender.send(check, failed=failure is not None))
+        if failure is None or isinstance(failure, _Stopped):
+            return None
+        if self._signals is not None:
+            self._signals.set(route.stop_key, "1")
+        return f"{type(failure).__name__}: {' '.join(str(failure).split())}"
+
+    def _join(self, route: _Route) -> dist.ProcessGroup:
+        return weight_group.join(
+            self._store(route),
+            rank=weight_group.SENDER,
+            world_size=route.world_size,
+            name=route.groups[self._ranks.pipeline_rank],
+            backend=route.backend,
+            timeout_s=self._sync.timeout_s + 2 * GRACE_S,
+        )
+
+    def _store(self, route: _Route) -> Any:
+        """A client of rank 0's store, which other ranks reach where they reached rank 0 at their start."""
+        host = "127.0.0.1" if self._ranks.rank == 0 else os.environ["MASTER_ADDR"]
+        return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+            host, route.store_port, is_master=False
+        )
+
+
+class _Stopped(Exception):
+    """Another side failed and tells why."""
+
+
+class _Lead:
+    """What rank 0 alone does: it knows the servers and the whole plan, and has the controller speak."""
+
+    def __init__(
+        self,
+        sync: SyncConfig,
+        controller: ControllerProcess,
+        architecture: str,
+        stages: dict[int, tuple[WeightBucket, ...]],
+        device: str,
+    ) -> None:
+        self._sync, self._controller = sync, controller
+        self._architecture, self._stages = architecture, stages
+        self._backend = "nccl" if device == "cuda" else "gloo"
+        # It listens before any server is told of it, and waits for nobody.
+        self._store: Any = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False
+        )
+        self._members: dict[str, int] = {}  # the groups' servers: URL and ranks
+        self._groups: dict[int, str] = {}
+        self._sent: int | None = None  # the version that they have
+        self._transfer: WeightTransfer | None = None
+        self._outcome: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def prepare(self, version: int) -> _Route:
+        """Meets the servers, compares their model, and decides on the groups."""
+        served: list[ServedModel] = self._controller.call("meet_servers", version)
+        members = {model.url: model.tensor_parallel for model in served}
+        # One that was started anew does not have the last version, and is in no group.
+        same = members == self._members and all(model.weight_version == str(self._sent) for model in served)
+        if not same:
+            for model in served:
+                check_served(
+                    model, self._architecture, (bucket for plan in self._stages.values() for bucket in plan)
+                )
+            name = f"megatron_scope-{uuid.uuid4().hex[:12]}"
+            self._members = members
+            self._groups = {number: f"{name}-stage{number}" for number in self._stages}
+        world_size = 1 + sum(members.values())
+        self._transfer = WeightTransfer(
+            version=version,
+            stages=tuple(
+                StageTransfer(self._groups[number], buckets) for number, buckets in self._stages.items()
+            ),
+            rank_offsets=_offsets(members),
+            world_size=world_size,
+            backend=self._backend,
+            master_address=self._sync.master_address or _own_address(members),
+            master_port=self._store.port,
+            new=not same,
+        )
+        return _Route(
+            self._groups,
+            world_size,
+            self._backend,
+            self._store.port,
+            not same,
+            f"stop-{version}-{uuid.uuid4()}",
+        )
+
+    def start(self, signals: Any, route: _Route) -> None:
+        """Has the servers told; when one fails, the senders hear of it through `signals`."""
+        result = self._controller.begin("broadcast", self._transfer)
+
+        def watch() -> None:
+            try:
+                result()
+            except BaseException as error:  # raised by `finish`
+                self._error = error
+                signals.set(route.stop_key, "1")
+
+        self._error = None
+        self._outcome = threading.Thread(target=watch, name="broadcast-outcome", daemon=True)
+        self._outcome.start()
+
+    def finish(self, failures: list[str | None]) -> None:
+        """Waits for the servers; raises one error for all that went wrong on either side."""
+        assert self._outcome is not None and self._transfer is not None
+        self._outcome.join()
+        version = self._transfer.version
+        told = [f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if failure is not None]
+        if self._error is not None and not isinstance(self._error, ScopeError):
+            raise self._error
+        if self._error is not None:
+            told.insert(0, str(self._error))
+        if told:
+            self._members = {}
+            raise SyncError(f"weight version {version} was not published: {'; '.join(told)}")
+        self._sent = version
+
+
+def _failure_of(work: Callable[[], None]) -> Exception | None:
+    try:
+        work()
+    except Exception as error:  # of torch.distributed, of no one kind; all ranks hear of it
+        return error
+    return None
+
+
+def _offsets(members: dict[str, int]) -> dict[str, int]:
+    """The first rank of each server in a group, after the sender's."""
+    offsets, start = {}, weight_group.SENDER + 1
+    for url, num_ranks in members.items():
+        offsets[url] = start
+        start += num_ranks
+    return offsets
+
+
+def _own_address(urls: Any) -> str:
+    """Where servers reach this host."""
+    if all(urllib.parse.urlsplit(url).hostname in LOOPBACK for url in urls):
+        return "127.0.0.1"
+    given = os.environ.get("MASTER_ADDR")
+    return given if given and given not in LOOPBACK else socket.gethostname()
