@@ -26,7 +26,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,7 +44,6 @@ from rollout_sync import (  # noqa: E402
     LAYOUTS,
     TRANSPORTS,
     SyncRow,
-    publish_on_rank,
     settings_of,
     summarise,
 )
@@ -174,7 +172,7 @@ def publish_by(
         bucket_mb=options.bucket_mb,
     )
     results = pool.run(
-        "rollout_sync:publish_on_rank", settings, server.pid, num_publishes=options.publishes + 1
+        "rollout_ranks:publish_on_rank", settings, server.pid, num_publishes=options.publishes + 1
     )
     row = summarise(
         results, engine=server.engine, layout=layout, transport=transport, bucket_mb=options.bucket_mb

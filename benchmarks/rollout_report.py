@@ -153,8 +153,7 @@ def _flight_section(rows: Sequence[FlightRow]) -> str:
 def _sync_section(rows: Sequence[SyncRow], options: argparse.Namespace) -> str:
     broadcast = [row for row in rows if row.transport == "broadcast"]
     highest = max(broadcast, key=lambda row: row.peak_in_buckets)
-    whole = sum_of_shards = max(row.shard_bytes for row in rows)
-    del sum_of_shards
+    whole = min(row.model_bytes for row in rows)
     return (
         f"## Publishing\n\nA Qwen2 of {whole / MB:.0f} MB in float32; buckets of {options.bucket_mb} MB. "
         f"Medians of {options.publishes} publishes after the first, which also\nmakes the process groups. "

@@ -1,4 +1,4 @@
-"""The models and servers of `rollout.py`: synthetic weights, real SGLang on the CPU and the embedded server."""
+"""The models and servers of `rollout.py`: random weights, real SGLang on the CPU, the embedded server."""
 
 from __future__ import annotations
 
