@@ -19,10 +19,9 @@ from transformers import PreTrainedTokenizerFast  # noqa: E402
 from megatron_scope.rollout.embedded.options import ServeOptions  # noqa: E402
 from megatron_scope.rollout.process import EmbeddedServer  # noqa: E402
 from tests.helpers import sglang  # noqa: E402
-from tests.helpers.models import save_qwen2  # noqa: E402
+from tests.helpers.models import CHARACTERS, END, save_qwen2  # noqa: E402
 
 ENGINES = ("sglang", "embedded")
-WORD = 3  # characters of a token
 HEADS, KEY_VALUE_HEADS = 8, 2
 
 
@@ -47,20 +46,23 @@ class ModelSize:
             num_key_value_heads=KEY_VALUE_HEADS,
             max_position_embeddings=self.positions,
             tie_word_embeddings=False,
-            eos_token_id=self.vocab - 1,
         )
         _save_words(folder, self.vocab)
         return folder
 
 
 def _save_words(folder: Path, count: int) -> None:
-    """A token a word of three letters; the last one ends a response."""
-    letters = itertools.product(string.ascii_lowercase, repeat=WORD)
-    words = ["".join(word) for word in itertools.islice(letters, count)]
-    tokenizer = Tokenizer(models.WordLevel(dict(zip(words, range(count), strict=True)), unk_token=words[0]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("." * WORD), "isolated")
+    """The tokenizer of the tests' models with words of three letters after its characters; it reads only
+    the characters, and writes both.
+    """
+    words = ("".join(letters) for letters in itertools.product(string.ascii_lowercase, repeat=3))
+    tokens = [*CHARACTERS, *itertools.islice(words, count - len(CHARACTERS))]
+    tokenizer = Tokenizer(
+        models.WordLevel({token: place for place, token in enumerate(tokens)}, unk_token=" ")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    special = {"eos_token": words[-1], "pad_token": words[-1], "unk_token": words[0], "bos_token": words[0]}
+    special = {"eos_token": END, "pad_token": END, "unk_token": " ", "bos_token": " "}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
