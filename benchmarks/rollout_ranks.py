@@ -74,7 +74,7 @@ def publish_on_rank(settings: dict[str, Any], server_pid: int, num_publishes: in
     publishes = []
     try:
         for version in range(1, num_publishes + 1):
-            before, written = process_memory.begin(), _written_bytes()
+            before = process_memory.begin()
             if watched is not None:
                 watched.begin()
             dist.barrier(group=ranks.world_group)
@@ -83,7 +83,8 @@ def publish_on_rank(settings: dict[str, Any], server_pid: int, num_publishes: in
             seconds = time.perf_counter() - started
             peak = process_memory.resident_bytes("VmHWM") - before
             others = {} if watched is None else watched.peaks()
-            publishes.append(Publish(seconds, peak, _written_bytes() - written, **others))
+            written = _num_bytes(folder.weights_of(version)) if ranks.rank == 0 else 0
+            publishes.append(Publish(seconds, peak, written, **others))
     finally:
         publisher.close()
         if controller is not None:
@@ -107,6 +108,6 @@ def _stage(config: Config, ranks: Ranks) -> StageModel:
     )
 
 
-def _written_bytes() -> int:
-    """What this process has had written to a disk since its start."""
-    return psutil.Process().io_counters().write_bytes
+def _num_bytes(folder: Path) -> int:
+    """Of all files in a folder; 0 where there is none."""
+    return sum(file.stat().st_size for file in folder.rglob("*"))

@@ -16,8 +16,8 @@ TRANSPORTS = ("disk", "broadcast")
 
 @dataclasses.dataclass(frozen=True)
 class Publish:
-    """One publish as one rank saw it. Peaks are above what was resident before; the controller's and the
-    server's (the largest of its processes) are rank 0's to tell.
+    """One publish as one rank saw it. Peaks are above what was resident before; what was written to the disk
+    and the peaks of the controller and of the server (its largest process) are rank 0's to tell.
     """
 
     seconds: float
@@ -68,7 +68,7 @@ class SyncRow:
     bucket_bytes: int
     controller_peak_bytes: int
     server_peak_bytes: int
-    written_bytes: int  # a publish, all ranks together
+    written_bytes: int  # in a publish
 
     @property
     def median_seconds(self) -> float:
@@ -88,7 +88,6 @@ def summarise(
         for publishes in zip(*(result.publishes for result in results), strict=True)
     ]
     everything = [publish for result in results for publish in result.publishes]
-    num_publishes = len(seconds)
     return SyncRow(
         engine=engine,
         layout=layout,
@@ -101,5 +100,5 @@ def summarise(
         bucket_bytes=bucket_mb * MEGABYTE,
         controller_peak_bytes=max(publish.controller_peak_bytes for publish in everything),
         server_peak_bytes=max(publish.server_peak_bytes for publish in everything),
-        written_bytes=sum(publish.written_bytes for publish in everything) // num_publishes,
+        written_bytes=max(publish.written_bytes for publish in everything),
     )
