@@ -53,7 +53,7 @@ from tests.helpers.ranks import RankPool  # noqa: E402
 CHILD = HERE / "rollout_client.py"
 CLIENTS = ("lean", "pool")  # in this order, in turns
 PARTS = ("overhead", "flight", "sync")
-FLIGHT_TOKENS = 32  # of prompt, and of response at most, of a request that only waits
+FLIGHT_NEW_TOKENS = 32  # enough for requests that are there to wait
 RANKS_TIMEOUT_S = 900.0
 
 
@@ -103,7 +103,7 @@ def measure_overhead(options: argparse.Namespace, folder: Path) -> list[Overhead
             for repeat in range(options.repeats + 1):
                 for client in CLIENTS:
                     found = run_client(plan_for(server, model, size, options, kind=client))
-                    say(f"{engine}, {client}: {found['seconds']:.1f} s, {found}")
+                    say(f"{engine}, {client}: {found['seconds']:.1f} s")
                     if repeat:
                         runs[client].append(found)
         rows += [OverheadRow(engine, client, tuple(found)) for client, found in runs.items()]
@@ -116,7 +116,10 @@ def measure_flight(options: argparse.Namespace, folder: Path) -> list[FlightRow]
     model, rows = size.save(folder / "flight"), []
     for count in options.flight:
         serving = running(
-            "embedded", model, folder, total_tokens=2 * FLIGHT_TOKENS, concurrency=256, cache_tokens=65536
+            *("embedded", model, folder),
+            total_tokens=options.prompt_tokens + FLIGHT_NEW_TOKENS,
+            concurrency=256,
+            cache_tokens=65536,
         )
         with serving as server:
             found = run_client(
@@ -124,13 +127,12 @@ def measure_flight(options: argparse.Namespace, folder: Path) -> list[FlightRow]
                     *(server, model, size, options),
                     kind="pool",
                     num_prompts=count // options.samples,
-                    prompt_tokens=FLIGHT_TOKENS,
-                    max_new_tokens=FLIGHT_TOKENS,
+                    max_new_tokens=FLIGHT_NEW_TOKENS,
                     concurrency=count,
                     holds=True,
                 )
             )
-        say(f"{count} in flight: {found}")
+        say(f"{count} in flight")
         rows.append(FlightRow(**found))
     return rows
 
@@ -177,7 +179,7 @@ def publish_by(
     row = summarise(
         results, engine=server.engine, layout=layout, transport=transport, bucket_mb=options.bucket_mb
     )
-    say(f"{server.engine}, {layout}, {transport}: {row}")
+    say(f"{server.engine}, {layout}, {transport}: {row.median_seconds:.2f} s")
     return row
 
 

@@ -95,7 +95,7 @@ def flight_table(rows: Sequence[FlightRow]) -> str:
 def growth(rows: Sequence[FlightRow]) -> dict[str, float]:
     """Bytes at most for one more request, client and server, from the fewest to the most."""
     few, many = rows[0], rows[-1]
-    more = many.num_responses - few.num_responses
+    more = max(1, many.num_responses - few.num_responses)
     return {
         side: (getattr(many, f"{side}_peak_bytes") - getattr(few, f"{side}_peak_bytes")) / more
         for side in ("client", "server")
@@ -141,12 +141,14 @@ def _overhead_section(rows: Sequence[OverheadRow], options: argparse.Namespace) 
 
 def _flight_section(rows: Sequence[FlightRow]) -> str:
     more = growth(rows)
+    told = (
+        f"\nOne more request takes at most {more['client'] / KB:.1f} KB of the client and "
+        f"{more['server'] / KB:.1f} KB of the server.\n"
+    )
     return (
         "## Requests in flight\n\nThe embedded server, paused until all requests are in it, then drained; "
         "responses are dropped as they come. Resident\nmemory above what the process held before, a fresh "
-        f"pair of processes for each row.\n\n{flight_table(rows)}\n\n"
-        f"One more request takes at most {more['client'] / KB:.0f} KB of the client and "
-        f"{more['server'] / KB:.0f} KB of the server.\n"
+        f"pair of processes for each row.\n\n{flight_table(rows)}\n{told if len(rows) > 1 else ''}"
     )
 
 
