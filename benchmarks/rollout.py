@@ -54,6 +54,7 @@ CHILD = HERE / "rollout_client.py"
 CLIENTS = ("lean", "pool")  # in this order, in turns
 PARTS = ("overhead", "flight", "sync")
 FLIGHT_NEW_TOKENS = 32  # enough for requests that are there to wait
+WARM_UP_TOKENS = 128  # of context: enough for the request that SGLang makes of itself at its start
 RANKS_TIMEOUT_S = 900.0
 
 
@@ -142,7 +143,9 @@ def measure_sync(options: argparse.Namespace, folder: Path) -> list[SyncRow]:
     size = ModelSize(options.sync_hidden, options.sync_layers, options.sync_vocab)
     model, rows = size.save(folder / "sync"), []
     for engine in options.engines:
-        serving = running(engine, model, folder, total_tokens=32, concurrency=8, cache_tokens=1024)
+        serving = running(
+            engine, model, folder, total_tokens=WARM_UP_TOKENS, concurrency=8, cache_tokens=1024
+        )
         with serving as server:
             for layout in options.layouts:
                 pool = RankPool(LAYOUTS[layout][0] * LAYOUTS[layout][1], RANKS_TIMEOUT_S)
@@ -230,7 +233,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--prompt-tokens", type=int, default=128)
     add("--new-tokens", type=int, default=128)
     add("--concurrency", type=int, default=64, help="requests at once")
-    add("--flight", type=_numbers, default=(500, 2000, 4000), help="requests in flight, multiples of samples")
+    add("--flight", type=_numbers, default=(512, 2000, 4000), help="requests in flight, multiples of samples")
     add("--layouts", type=_among(LAYOUTS), default=tuple(LAYOUTS), help=f"of {', '.join(LAYOUTS)}")
     add("--publishes", type=int, default=5, help="after the first, which makes the process groups")
     add("--sync-hidden", type=int, default=1024, help="width of the model that is published")
@@ -241,8 +244,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.repeats < 1 or options.publishes < 1:
         parser.error("--repeats and --publishes must be 1 or more")
     if uneven := [count for count in options.flight if count % options.samples]:
-        options.flight = tuple(count + -count % options.samples for count in options.flight)
-        say(f"--flight {uneven}: rounded up to whole groups of {options.samples}")
+        parser.error(f"--flight has {uneven[0]}; expected multiples of --samples {options.samples}")
     return options
 
 
