@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 import socket
 import threading
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_scope import weight_group
 from megatron_scope.backend.broadcast import WeightSender
-from megatron_scope.backend.distribute import gather_everywhere, on_rank_zero
+from megatron_scope.backend.distribute import on_rank_zero
 from megatron_scope.backend.export import gather_on_first, save_hf_folder
 from megatron_scope.backend.model import StageModel
 from megatron_scope.backend.setup import Ranks
@@ -33,7 +34,12 @@ from megatron_scope.sync.disk import remove_old_versions
 MEGABYTE = 1_000_000
 # Beyond sync.timeout_s, which the controller watches too: it can say which server kept the others waiting.
 GRACE_S = 10.0
+CONNECT_S = 60.0
+POLL_S = 0.01
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+_OK = "ok"  # a sender's report
 
 
 class Publisher(Protocol):
@@ -106,7 +112,7 @@ class BroadcastPublisher:
     ) -> None:
         self._sync, self._ranks = sync, ranks
         dtype = stage.config.params_dtype
-        buckets = plan_buckets(exported_tensors(stage.entries), dtype, sync.bucket_mb * MEGABYTE)
+        buckets = plan_buckets(exported_tensors(stage.entries), dtype, int(sync.bucket_mb * MEGABYTE))
         self._sender = WeightSender(stage, ranks, buckets)
         mine = (ranks.pipeline_rank, buckets) if self._sender.sends else None
         plans = gather_on_first(ranks, mine) if ranks.replica == 0 else []
@@ -115,26 +121,18 @@ class BroadcastPublisher:
             assert controller is not None
             stages = dict(plan for plan in plans if plan is not None)
             self._lead = _Lead(sync, controller, stage.source.family.architecture, stages, ranks.device.type)
-        self._signals: Any = None  # a store client of its own: another may be waiting in the group's
+        self._signals: Any = None  # the store, by a connection of its own: the group's may be waiting
 
     def publish(self, version: int) -> None:
         """Sends the weights; SyncError on rank 0, and an error on every rank, where any side failed."""
         lead = self._lead
         route: Any = on_rank_zero(self._ranks, lambda: lead.prepare(version) if lead else None)
         deadline = time.monotonic() + self._sync.timeout_s + GRACE_S
-        if self._signals is None and (self._sender.sends or lead is not None):
-            self._signals = self._store(route)
         if lead is not None:
-            lead.start(self._signals, route)
-        failure = self._send(route, deadline)
-        failures = gather_everywhere(self._ranks, failure)
-
-        def finish() -> None:
-            if lead is not None:
-                lead.finish(failures)
-
+            lead.start(route)
+        self._send(route, deadline)
         try:
-            on_rank_zero(self._ranks, finish)
+            on_rank_zero(self._ranks, lambda: lead.finish(route, deadline) if lead else None)
         except ScopeError:
             self._sender.leave()
             raise
@@ -143,9 +141,13 @@ class BroadcastPublisher:
         """Leaves the groups."""
         self._sender.leave()
 
-    def _send(self, route: _Route, deadline: float) -> str | None:
-        """This rank's part; what went wrong in it."""
-        sender, failure = self._sender, None
+    def _send(self, route: _Route, deadline: float) -> None:
+        """This rank's part. What went wrong in it goes to rank 0 through the store, where a rank that hangs
+        shows by its silence.
+        """
+        sender = self._sender
+        if not sender.sends:
+            return sender.send(lambda: None)
 
         def check() -> None:
             if self._signals.check([route.stop_key]):
@@ -153,15 +155,23 @@ class BroadcastPublisher:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not all sent within {self._sync.timeout_s:g} s (sync.timeout_s)")
 
-        if sender.sends and route.new:
-            failure = _failure_of(lambda: sender.join(lambda: self._join(route), check))
+        def join() -> None:
+            if self._signals is None:
+                self._signals = self._store(route)
+            if route.new:
+                sender.join(lambda: self._join(route), check)
+
+        failure = _failure_of(join)
         # Also after a failure: the stage's other ranks take part in it.
-        failure = failure or _failure_of(lambda: sender.send(check, failed=failure is not None))
-        if failure is None or isinstance(failure, _Stopped):
-            return None
-        if self._signals is not None:
+        later = _failure_of(lambda: sender.send(check, failed=failure is not None))
+        failure = failure or later
+        if self._signals is None:
+            raise failure or AssertionError
+        told = _OK
+        if failure is not None and not isinstance(failure, _Stopped):
+            told = f"rank {self._ranks.rank}: {type(failure).__name__}: {' '.join(str(failure).split())}"
             self._signals.set(route.stop_key, "1")
-        return f"{type(failure).__name__}: {' '.join(str(failure).split())}"
+        self._signals.set(_report_key(route, self._ranks.pipeline_rank), told)
 
     def _join(self, route: _Route) -> dist.ProcessGroup:
         return weight_group.join(
@@ -174,11 +184,8 @@ class BroadcastPublisher:
         )
 
     def _store(self, route: _Route) -> Any:
-        """A client of rank 0's store, which other ranks reach where they reached rank 0 at their start."""
-        host = "127.0.0.1" if self._ranks.rank == 0 else os.environ["MASTER_ADDR"]
-        return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-            host, route.store_port, is_master=False
-        )
+        """A connection to rank 0's store; other ranks reach it where they reached rank 0 at their start."""
+        return _connect("127.0.0.1" if self._ranks.rank == 0 else os.environ["MASTER_ADDR"], route.store_port)
 
 
 class _Stopped(Exception):
@@ -203,6 +210,7 @@ class _Lead:
         self._store: Any = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             "127.0.0.1", 0, is_master=True, wait_for_workers=False
         )
+        self._signals = _connect("127.0.0.1", self._store.port)
         self._members: dict[str, int] = {}  # the groups' servers: URL and ranks
         self._groups: dict[int, str] = {}
         self._sent: int | None = None  # the version that they have
@@ -246,8 +254,8 @@ class _Lead:
             f"stop-{version}-{uuid.uuid4()}",
         )
 
-    def start(self, signals: Any, route: _Route) -> None:
-        """Has the servers told; when one fails, the senders hear of it through `signals`."""
+    def start(self, route: _Route) -> None:
+        """Has the servers told; when one fails, the senders hear of it through the store."""
         result = self._controller.begin("broadcast", self._transfer)
 
         def watch() -> None:
@@ -255,18 +263,18 @@ class _Lead:
                 result()
             except BaseException as error:  # raised by `finish`
                 self._error = error
-                signals.set(route.stop_key, "1")
+                self._signals.set(route.stop_key, "1")
 
         self._error = None
         self._outcome = threading.Thread(target=watch, name="broadcast-outcome", daemon=True)
         self._outcome.start()
 
-    def finish(self, failures: list[str | None]) -> None:
-        """Waits for the servers; raises one error for all that went wrong on either side."""
+    def finish(self, route: _Route, deadline: float) -> None:
+        """Waits for servers and senders; raises one error for all that went wrong on either side."""
         assert self._outcome is not None and self._transfer is not None
         self._outcome.join()
         version = self._transfer.version
-        told = [f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if failure is not None]
+        told = [report for stage in self._stages if (report := self._report(route, stage, deadline)) != _OK]
         if self._error is not None and not isinstance(self._error, ScopeError):
             raise self._error
         if self._error is not None:
@@ -275,6 +283,27 @@ class _Lead:
             self._members = {}
             raise SyncError(f"weight version {version} was not published: {'; '.join(told)}")
         self._sent = version
+
+    def _report(self, route: _Route, stage: int, deadline: float) -> str:
+        """What the sender of a stage has to say; when the servers have failed, it says so soon."""
+        if self._error is not None:
+            deadline = min(deadline, time.monotonic() + GRACE_S)
+        key = _report_key(route, stage)
+        while not self._signals.check([key]):
+            if time.monotonic() > deadline:
+                return f"the sending rank of pipeline stage {stage} does not answer; is it stopped?"
+            time.sleep(POLL_S)
+        return self._signals.get(key).decode()
+
+
+def _report_key(route: _Route, stage: int) -> str:
+    return f"{route.stop_key}-report-{stage}"
+
+
+def _connect(host: str, port: int) -> Any:
+    return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        host, port, is_master=False, timeout=datetime.timedelta(seconds=CONNECT_S)
+    )
 
 
 def _failure_of(work: Callable[[], None]) -> Exception | None:

@@ -52,13 +52,8 @@ def scatter_to_replicas(ranks: Ranks, parts: list[Any] | None) -> Any:
     return mine[0]
 
 
-def gather_everywhere(ranks: Ranks, value: Any) -> list[Any]:
-    """The (picklable, small) values of all ranks, in rank order, on every rank."""
-    values: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(values, value, group=ranks.world_group)
-    return values
-
-
 def largest(ranks: Ranks, value: int) -> int:
     """The largest `value` over all ranks."""
-    return max(gather_everywhere(ranks, value))
+    values: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(values, value, group=ranks.world_group)
+    return max(values)

@@ -56,7 +56,6 @@ _POSITIVE_COUNTS = (
     "evaluate.max_new_tokens",
     "evaluate.bootstrap_resamples",
     "evaluate.diversity_tokens",
-    "sync.bucket_mb",
 )
 _GROUPS = ("evaluate.diversity_responses",)
 _CAPS = ("rollout.correction_cap",)
@@ -76,6 +75,7 @@ _POSITIVE = (
     "teacher.hidden_states_gb",
     "evaluate.temperature",
     "sync.timeout_s",
+    "sync.bucket_mb",
 )
 _NOT_NEGATIVE = (
     "objective.kl_coefficient",

@@ -250,7 +250,7 @@ class SyncConfig:
     # which is faster and needs no disk: for models above 8B or so.
     transport: Transport = Transport.DISK
     timeout_s: float = 600.0  # for a server to load a folder, for one whole broadcast
-    bucket_mb: int = 512  # tensors that travel together in a broadcast; a larger one travels alone
+    bucket_mb: float = 512.0  # tensors that travel together in a broadcast; a larger one travels alone
     # Where the servers reach rank 0's host; null: 127.0.0.1 if they are all on this one, else MASTER_ADDR or
     # the host's name.
     master_address: str | None = None

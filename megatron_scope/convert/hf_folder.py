@@ -119,7 +119,7 @@ class HfFolder:
             raise DataError(
                 f"{self.path}{listed} has no tensor {missing}, which {self.family.architecture} needs"
             )
-        for unknown in sorted(found - expected - self._redundant(found))[:1]:
+        for unknown in sorted(found - expected - self.redundant(found))[:1]:
             raise DataError(
                 f"{self.path}{listed} holds {unknown}, which {self.family.architecture} does not have"
             )
@@ -151,8 +151,8 @@ class HfFolder:
         """The stored dtype of a tensor."""
         return DTYPES[self.slice(name).get_dtype()]
 
-    def _redundant(self, names: Iterable[str]) -> set[str]:
-        """Tensors that some exports write though the model has them otherwise."""
+    def redundant(self, names: Iterable[str]) -> set[str]:
+        """Tensors, among `names` or not, that some exports write though the model has them otherwise."""
         found = {name for name in names if name.endswith("rotary_emb.inv_freq")}
         return found | {TIED_COPY} if self.shape.tied_embeddings else found
 

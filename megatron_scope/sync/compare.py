@@ -13,7 +13,7 @@ from megatron_scope.records import ServedModel, WeightBucket
 
 def check_served(served: ServedModel, architecture: str, buckets: Iterable[WeightBucket]) -> None:
     """SyncError where the server tells of another architecture, or the folder that it was started with, if it
-    can be read from here, lacks one of the tensors or has it in another shape.
+    can be read from here, has other tensors than the buckets.
     """
     where = f"{served.url}: serves {served.model_path!r}"
     mend = "start the server with the student's model, or mend rollout.servers"
@@ -25,16 +25,21 @@ def check_served(served: ServedModel, architecture: str, buckets: Iterable[Weigh
         return
     for bucket in buckets:
         for name, shape in zip(bucket.names, bucket.shapes, strict=True):
-            found = sizes.get(name)
+            found = sizes.pop(name, None)
             if found != shape:
-                has = "no" if found is None else f"another size {list(found)} of"
+                has = "no" if found is None else f"{list(found)} as size of"
                 raise SyncError(f"{where}, which has {has} {name}; the student's is {list(shape)}: {mend}")
+    if sizes:
+        raise SyncError(f"{where}, which has {min(sizes)}; the student has no such tensor: {mend}")
 
 
 def _sizes(path: str) -> dict[str, tuple[int, ...]]:
-    """Each tensor's size by the headers of the folder's files; DataError where it cannot be read."""
+    """The size of each tensor that counts, by the headers of the folder's files; DataError where it cannot
+    be read.
+    """
     folder = HfFolder(path)
     try:
-        return {name: tuple(folder.slice(name).get_shape()) for name in folder.file_of}
+        names = set(folder.file_of) - folder.redundant(folder.file_of)
+        return {name: tuple(folder.slice(name).get_shape()) for name in names}
     finally:
         folder.close()

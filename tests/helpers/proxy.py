@@ -1,4 +1,4 @@
-"""A proxy in front of a rollout server, to hold its answers back or to change them."""
+"""A proxy in front of a rollout server, to act before a request, or to hold its answer back or change it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+Meet = Callable[[str, Any], None]
 Delay = Callable[[str, Any], float]
 Change = Callable[[str, bytes], bytes]
 
 
 class Proxy:
-    """Passes requests on to `target`, each answer `delay(path, body)` seconds late and as `change(path,
-    answer)` makes it; a context manager that runs in a thread of its own.
+    """Passes requests on to `target`, each after `meet(path, body)` and its answer `delay(path, body)`
+    seconds late and as `change(path, answer)` makes it; a context manager that runs in a thread of its own.
+
+    When the connection to the target breaks, so does that to the client.
     """
 
     def __init__(
@@ -25,9 +28,10 @@ class Proxy:
         target: str,
         delay: Delay = lambda path, body: 0.0,
         change: Change = lambda path, answer: answer,
+        meet: Meet = lambda path, body: None,
     ) -> None:
         self.url = ""
-        self._target, self._delay, self._change = target, delay, change
+        self._target, self._delay, self._change, self._meet = target, delay, change, meet
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
 
@@ -59,9 +63,16 @@ class Proxy:
         data = await request.read()
         where = self._target + request.path_qs
         headers = {"Content-Type": "application/json"}
-        async with self._session.request(request.method, where, data=data, headers=headers) as answer:
-            content = await answer.read()
-        await asyncio.sleep(self._delay(request.path, json.loads(data) if data else None))
+        body = json.loads(data) if data else None
+        await asyncio.to_thread(self._meet, request.path, body)
+        try:
+            async with self._session.request(request.method, where, data=data, headers=headers) as answer:
+                content = await answer.read()
+        except aiohttp.ClientError:
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response()
+        await asyncio.sleep(self._delay(request.path, body))
         return web.Response(
             status=answer.status, body=self._change(request.path, content), content_type=answer.content_type
         )

@@ -128,7 +128,6 @@ def test_values_out_of_range_are_refused(override, said):
             "teacher.server=http://t:1",
             "teacher.server is http://t:1: not available in this version; use teacher.hf",
         ),
-        ("sync.transport=broadcast", "sync.transport is broadcast: not available in this version; use disk"),
     ],
 )
 def test_what_is_not_built_yet_is_refused(override, said):

@@ -114,7 +114,7 @@ def test_a_merge_key_is_not_a_doubled_key(load):
         ("rolout: {temperature: 1}", "rolout is not a section; did you mean rollout?"),
         ("lr: 1e-3", "lr is not a section; did you mean optimizer.lr?"),
         ("train: {steps: 3}", "train.steps is not a key; did you mean run.steps?"),
-        ("sync: {zzz: 3}", "sync.zzz is not a key; sync has transport, timeout_s"),
+        ("sync: {zzz: 3}", "sync.zzz is not a key; sync has transport, timeout_s, bucket_mb, master_address"),
         ("zzz: {a: 3}", "zzz is not a section; sections are run, student, "),
         ("run: 3", "run is 3: expected a mapping of keys; write `run:` and its keys below it"),
         ("- run", "the config is ['run']: expected a mapping of sections; "),
