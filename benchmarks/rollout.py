@@ -53,6 +53,7 @@ from tests.helpers.ranks import RankPool  # noqa: E402
 CHILD = HERE / "rollout_client.py"
 CLIENTS = ("lean", "pool")  # in this order, in turns
 PARTS = ("overhead", "flight", "sync")
+FLIGHT_PROMPTS = 50  # in every row, since the server keeps prompts that it has read
 FLIGHT_NEW_TOKENS = 32  # enough for requests that are there to wait
 WARM_UP_TOKENS = 128  # of context: enough for the request that SGLang makes of itself at its start
 RANKS_TIMEOUT_S = 900.0
@@ -112,7 +113,7 @@ def measure_overhead(options: argparse.Namespace, folder: Path) -> list[Overhead
 
 
 def measure_flight(options: argparse.Namespace, folder: Path) -> list[FlightRow]:
-    """The pool with each number of requests at once, one prompt for each sample group."""
+    """The pool with each number of requests at once."""
     size = ModelSize(options.hidden, options.layers)
     model, rows = size.save(folder / "flight"), []
     for count in options.flight:
@@ -127,7 +128,8 @@ def measure_flight(options: argparse.Namespace, folder: Path) -> list[FlightRow]
                 plan_for(
                     *(server, model, size, options),
                     kind="pool",
-                    num_prompts=count // options.samples,
+                    num_prompts=FLIGHT_PROMPTS,
+                    num_samples=count // FLIGHT_PROMPTS,
                     max_new_tokens=FLIGHT_NEW_TOKENS,
                     concurrency=count,
                     holds=True,
@@ -233,7 +235,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--prompt-tokens", type=int, default=128)
     add("--new-tokens", type=int, default=128)
     add("--concurrency", type=int, default=64, help="requests at once")
-    add("--flight", type=_numbers, default=(512, 2000, 4000), help="requests in flight, multiples of samples")
+    add(
+        "--flight",
+        type=_numbers,
+        default=(500, 2000, 4000),
+        help=f"requests at once, multiples of {FLIGHT_PROMPTS}",
+    )
     add("--layouts", type=_among(LAYOUTS), default=tuple(LAYOUTS), help=f"of {', '.join(LAYOUTS)}")
     add("--publishes", type=int, default=5, help="after the first, which makes the process groups")
     add("--sync-hidden", type=int, default=1024, help="width of the model that is published")
@@ -243,8 +250,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.repeats < 1 or options.publishes < 1:
         parser.error("--repeats and --publishes must be 1 or more")
-    if uneven := [count for count in options.flight if count % options.samples]:
-        parser.error(f"--flight has {uneven[0]}; expected multiples of --samples {options.samples}")
+    if uneven := [count for count in options.flight if count % FLIGHT_PROMPTS]:
+        parser.error(f"--flight has {uneven[0]}; expected multiples of {FLIGHT_PROMPTS}")
     return options
 
 

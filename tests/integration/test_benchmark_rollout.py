@@ -12,7 +12,7 @@ def test_all_parts_run_whole_with_the_embedded_server(tmp_path, capsys, monkeypa
     rollout = importlib.import_module("rollout")
     sizes = {
         "hidden": 64, "layers": 1, "prompts": 2, "samples": 2, "prompt-tokens": 6, "new-tokens": 6,
-        "concurrency": 3, "flight": "4", "sync-hidden": 64, "sync-layers": 2, "sync-vocab": 128,
+        "concurrency": 3, "flight": "50", "sync-hidden": 64, "sync-layers": 2, "sync-vocab": 128,
         "bucket-mb": 1, "repeats": 1, "publishes": 1, "engines": "embedded", "layouts": "1 rank",
     }  # fmt: skip
     rollout.main([*(f"--{key}={value}" for key, value in sizes.items()), f"--out={tmp_path}"])
@@ -22,7 +22,7 @@ def test_all_parts_run_whole_with_the_embedded_server(tmp_path, capsys, monkeypa
         ("lean", 4),
         ("pool", 4),
     ]
-    assert [row["num_responses"] for row in found["flight"]] == [4]
+    assert [row["num_responses"] for row in found["flight"]] == [50]
     assert all(row["server_waiting_bytes"] <= row["server_peak_bytes"] for row in found["flight"])
     disk, broadcast = found["sync"]
     assert (disk["transport"], broadcast["transport"]) == ("disk", "broadcast")

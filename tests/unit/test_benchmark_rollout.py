@@ -114,9 +114,9 @@ def test_a_made_model_loads_and_its_tokenizer_writes_a_word_for_every_id(tmp_pat
 
 
 def test_what_is_no_part_or_engine_is_refused(capsys):
-    for words in (["--only", "speed"], ["--repeats", "0"], ["--flight", "8,12"]):
+    for words in (["--only", "speed"], ["--repeats", "0"], ["--flight", "50,60"]):
         with pytest.raises(SystemExit):
             rollout.parse(words)
     told = capsys.readouterr().err
     assert "'speed' is none of overhead, flight, sync" in told
-    assert "--flight has 12; expected multiples of --samples 8" in told
+    assert "--flight has 60; expected multiples of 50" in told
