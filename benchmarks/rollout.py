@@ -277,14 +277,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for part in options.only:
             about[f"load before {part}"] = load()
             found[part] = MEASURE[part](options, Path(folder))
-    text = report(found, about, options)
-    print(text)
+            write(found, about, options)  # what is measured is kept should a later part fail
+    print((options.out / "rollout.md").read_text(encoding="utf-8"))
+
+
+def write(found: dict[str, list[Any]], about: dict[str, Any], options: argparse.Namespace) -> None:
+    """The parts so far, as rollout.md and rollout.json."""
     options.out.mkdir(parents=True, exist_ok=True)
     rows = {part: [dataclasses.asdict(row) for row in rows] for part, rows in found.items()}
     sizes = {key: value for key, value in vars(options).items() if key != "out"}
     whole = {"about": about, "options": sizes, **rows}
     (options.out / "rollout.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    (options.out / "rollout.md").write_text(text, encoding="utf-8")
+    (options.out / "rollout.md").write_text(report(found, about, options), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -147,9 +147,10 @@ def _flight_section(rows: Sequence[FlightRow]) -> str:
     )
     return (
         "## Requests in flight\n\nThe embedded server, paused until all requests are in it, then drained; "
-        "responses are dropped as they come. The\nprompts are the same few in every row, since the server keeps "
-        "what it has read, up to its --max-total-tokens. Resident\nmemory above what the process held before, a "
-        f"fresh pair of processes for each row.\n\n{flight_table(rows)}\n{told if len(rows) > 1 else ''}"
+        "responses are dropped as they come.\nThe prompts are the same few in every row, since the server "
+        "keeps what it has read, up to its --max-total-tokens.\nResident memory above what the process held "
+        "before, a fresh pair of processes for each row.\n\n"
+        f"{flight_table(rows)}\n{told if len(rows) > 1 else ''}"
     )
 
 
