@@ -24,11 +24,13 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import tempfile
+import unittest.mock
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,8 @@ CLIENTS = ("lean", "pool")  # in this order, in turns
 PARTS = ("overhead", "flight", "sync")
 FLIGHT_PROMPTS = 50  # in every row, since the server keeps prompts that it has read
 FLIGHT_NEW_TOKENS = 32  # enough for requests that are there to wait
+# Left to itself glibc keeps freed memory for later, which would count as in use.
+GIVE_BACK = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_TOP_PAD_": "0"}
 WARM_UP_TOKENS = 128  # of context: enough for the request that SGLang makes of itself at its start
 RANKS_TIMEOUT_S = 900.0
 
@@ -150,7 +154,8 @@ def measure_sync(options: argparse.Namespace, folder: Path) -> list[SyncRow]:
         )
         with serving as server:
             for layout in options.layouts:
-                pool = RankPool(LAYOUTS[layout][0] * LAYOUTS[layout][1], RANKS_TIMEOUT_S)
+                with unittest.mock.patch.dict(os.environ, GIVE_BACK):  # the ranks inherit it
+                    pool = RankPool(math.prod(LAYOUTS[layout]), RANKS_TIMEOUT_S)
                 try:
                     rows += [
                         publish_by(transport, pool, server, layout, model, folder, options)

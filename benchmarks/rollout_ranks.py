@@ -16,6 +16,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import process_memory  # noqa: E402  (needs the path)
 import psutil  # noqa: E402
+import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from rollout_sync import Publish, RankResult  # noqa: E402
 
@@ -90,8 +91,15 @@ def publish_on_rank(settings: dict[str, Any], server_pid: int, num_publishes: in
         if controller is not None:
             controller.close()
         setup.shutdown()
-    shard_bytes = sum(value.numel() * value.itemsize for value in stage.module.parameters())
-    return RankResult(shard_bytes, tuple(publishes))
+    sizes = [_sizes(value, ranks) for value in stage.module.parameters()]
+    return RankResult(sum(mine for mine, _ in sizes), max(whole for _, whole in sizes), tuple(publishes))
+
+
+def _sizes(parameter: torch.nn.Parameter, ranks: Ranks) -> tuple[int, int]:
+    """Bytes of this rank's shard and of the parameter in all its shards."""
+    mine = parameter.numel() * parameter.itemsize
+    is_split = getattr(parameter, "tensor_model_parallel", False)
+    return mine, mine * (ranks.tensor_size if is_split else 1)
 
 
 def _stage(config: Config, ranks: Ranks) -> StageModel:

@@ -159,13 +159,16 @@ def _sync_section(rows: Sequence[SyncRow], options: argparse.Namespace) -> str:
     highest = max(broadcast, key=lambda row: row.peak_in_buckets)
     whole = min(row.model_bytes for row in rows)
     return (
-        f"## Publishing\n\nA Qwen2 of {whole / MB:.0f} MB in float32; buckets of {options.bucket_mb} MB. "
-        f"Medians of {options.publishes} publishes after the first, which also\nmakes the process groups. "
-        "Seconds of the slowest rank, from the weights in the shards to the version read back.\nPeaks are "
-        "the highest resident memory of a process of its kind in any publish, above what it held just "
-        "before;\na server's is that of its largest process, mapped files included.\n\n"
+        f"## Publishing\n\nA Qwen2 of {whole / MB:.0f} MB in float32, whose largest parameter has "
+        f"{highest.largest_bytes / MB:.0f} MB; buckets of {options.bucket_mb} MB. Medians of {options.publishes} "
+        "publishes after\nthe first, which also makes the process groups. Seconds of the slowest rank, from the "
+        "weights in the shards to the\nversion read back. Peaks are the highest resident memory of a process of "
+        "its kind in any publish, above what it held\njust before; a server's is that of its largest process, "
+        "mapped files included. The ranks' C library is told to give\nback what is freed "
+        "(MALLOC_TRIM_THRESHOLD_): what it keeps by itself would hide what is in use.\n\n"
         f"{sync_table(rows)}\n\n"
-        f"By broadcast a rank needs at most {highest.peak_in_buckets:.2f} buckets beside its shards.\n"
+        f"By broadcast a rank needs at most {highest.peak_in_buckets:.2f} buckets beside its shards: two, and "
+        "what puts together the parameter\nthat is on its way.\n"
     )
 
 

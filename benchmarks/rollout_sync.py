@@ -32,6 +32,7 @@ class RankResult:
     """A rank's publishes; the first one also makes the process groups."""
 
     shard_bytes: int
+    largest_bytes: int  # of a parameter of the stage, all its shards
     publishes: tuple[Publish, ...]
 
 
@@ -66,6 +67,7 @@ class SyncRow:
     shard_bytes: int  # of the rank with the most
     rank_peak_bytes: int  # of the rank with the highest
     bucket_bytes: int
+    largest_bytes: int  # of a parameter, all its shards
     controller_peak_bytes: int
     server_peak_bytes: int
     written_bytes: int  # in a publish
@@ -98,6 +100,7 @@ def summarise(
         shard_bytes=max(result.shard_bytes for result in results),
         rank_peak_bytes=max(publish.peak_bytes for publish in everything),
         bucket_bytes=bucket_mb * MEGABYTE,
+        largest_bytes=max(result.largest_bytes for result in results),
         controller_peak_bytes=max(publish.controller_peak_bytes for publish in everything),
         server_peak_bytes=max(publish.server_peak_bytes for publish in everything),
         written_bytes=max(publish.written_bytes for publish in everything),

@@ -94,12 +94,15 @@ def test_the_growth_of_memory_is_that_from_the_fewest_to_the_most_requests():
 
 def test_a_publish_takes_as_long_as_its_slowest_rank_and_the_peaks_are_the_highest():
     first = sync.RankResult(
-        100, (sync.Publish(5.0, 900, 10, 3, 4), sync.Publish(1.0, 300, 10, 9, 8), sync.Publish(2.0, 1, 10))
+        100,
+        70,
+        (sync.Publish(5.0, 900, 10, 3, 4), sync.Publish(1.0, 300, 10, 9, 8), sync.Publish(2.0, 1, 10)),
     )
-    other = sync.RankResult(150, tuple(sync.Publish(1.5, peak, 0) for peak in (1, 2_000_000, 3)))
+    other = sync.RankResult(150, 80, tuple(sync.Publish(1.5, peak, 0) for peak in (1, 2_000_000, 3)))
     row = sync.summarise([first, other], engine="e", layout="l", transport="disk", bucket_mb=1)
     assert (row.first_seconds, row.seconds, row.median_seconds) == (5.0, (1.5, 2.0), 1.75)
     assert (row.model_bytes, row.shard_bytes, row.written_bytes) == (250, 150, 10)
+    assert row.largest_bytes == 80
     assert (row.rank_peak_bytes, row.peak_in_buckets) == (2_000_000, 2.0)
     assert (row.controller_peak_bytes, row.server_peak_bytes) == (9, 8)
 
