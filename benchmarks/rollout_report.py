@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from rollout_sync import SyncRow
 
 LIMIT = 0.05  # of the client's time over the server's
 KB, MB = 1e3, 1e6
+WIDTH = 120  # of the report's lines, tables apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,48 +130,55 @@ def _overhead_section(rows: Sequence[OverheadRow], options: argparse.Namespace) 
         f"{statistics.median(found):.3f} of the lean client's ({min(found):.3f} to {max(found):.3f})"
         for engine, found in ratios.items()
     )
-    return (
-        f"## Overhead of pool and client\n\n{options.prompts} prompts of {options.prompt_tokens} tokens x "
-        f"{options.samples} samples of up to {options.new_tokens} tokens, {options.concurrency} at a time; a "
-        f"Qwen2 of {options.layers} layers, {options.hidden} wide, float32. Medians of {options.repeats} "
-        "runs of each client\nin turns. `pool` is a run's own path from requests to checked records; `lean` "
-        "posts the same bodies and parses the\nJSON. Processor time of the client is that of its process "
-        "while it draws, of the server that of all its\nprocesses meanwhile.\n\n"
-        f"{overhead_table(rows)}\n\n{verdicts}\n"
+    text = paragraph(
+        f"{options.prompts} prompts of {options.prompt_tokens} tokens x {options.samples} samples of up to "
+        f"{options.new_tokens} tokens, {options.concurrency} at a time; a Qwen2 of {options.layers} layers, "
+        f"{options.hidden} wide, float32. Medians of {options.repeats} runs of each client in turns. `pool` "
+        "is a run's own path from requests to checked records; `lean` posts the same bodies and parses the "
+        "JSON. Processor time of the client is that of its process while it draws, of the server that of "
+        "all its processes meanwhile."
     )
+    return f"## Overhead of pool and client\n\n{text}\n\n{overhead_table(rows)}\n\n{verdicts}\n"
 
 
 def _flight_section(rows: Sequence[FlightRow]) -> str:
     more = growth(rows)
+    text = paragraph(
+        "The embedded server, paused until all requests are in it, then drained; responses are dropped as "
+        "they come. The prompts are the same few in every row, since the server keeps what it has read, up "
+        "to its --max-total-tokens. Resident memory above what the process held before, a fresh pair of "
+        "processes for each row."
+    )
     told = (
         f"\nOne more request takes at most {more['client'] / KB:.1f} KB of the client and "
         f"{more['server'] / KB:.1f} KB of the server.\n"
     )
-    return (
-        "## Requests in flight\n\nThe embedded server, paused until all requests are in it, then drained; "
-        "responses are dropped as they come.\nThe prompts are the same few in every row, since the server "
-        "keeps what it has read, up to its --max-total-tokens.\nResident memory above what the process held "
-        "before, a fresh pair of processes for each row.\n\n"
-        f"{flight_table(rows)}\n{told if len(rows) > 1 else ''}"
-    )
+    return f"## Requests in flight\n\n{text}\n\n{flight_table(rows)}\n{told if len(rows) > 1 else ''}"
 
 
 def _sync_section(rows: Sequence[SyncRow], options: argparse.Namespace) -> str:
     broadcast = [row for row in rows if row.transport == "broadcast"]
     highest = max(broadcast, key=lambda row: row.peak_in_buckets)
     whole = min(row.model_bytes for row in rows)
-    return (
-        f"## Publishing\n\nA Qwen2 of {whole / MB:.0f} MB in float32, whose largest parameter has "
-        f"{highest.largest_bytes / MB:.0f} MB; buckets of {options.bucket_mb} MB. Medians of {options.publishes} "
-        "publishes after\nthe first, which also makes the process groups. Seconds of the slowest rank, from the "
-        "weights in the shards to the\nversion read back. Peaks are the highest resident memory of a process of "
-        "its kind in any publish, above what it held\njust before; a server's is that of its largest process, "
-        "mapped files included. The ranks' C library is told to give\nback what is freed "
-        "(MALLOC_TRIM_THRESHOLD_): what it keeps by itself would hide what is in use.\n\n"
-        f"{sync_table(rows)}\n\n"
-        f"By broadcast a rank needs at most {highest.peak_in_buckets:.2f} buckets beside its shards: two, and "
-        "what puts together the parameter\nthat is on its way.\n"
+    text = paragraph(
+        f"A Qwen2 of {whole / MB:.0f} MB in float32, whose largest parameter has "
+        f"{highest.largest_bytes / MB:.0f} MB; buckets of {options.bucket_mb} MB. Medians of "
+        f"{options.publishes} publishes after the first, which also makes the process groups. Seconds of the "
+        "slowest rank, from the weights in the shards to the version read back. Peaks are the highest "
+        "resident memory of a process of its kind in any publish, above what it held just before; a "
+        "server's is that of its largest process, mapped files included. The ranks' C library is told to "
+        "give back what is freed (MALLOC_TRIM_THRESHOLD_): what it keeps by itself would hide what is in "
+        "use."
     )
+    bound = paragraph(
+        f"By broadcast a rank needs at most {highest.peak_in_buckets:.2f} buckets beside its shards: two, "
+        "and what puts together the parameter that is on its way."
+    )
+    return f"## Publishing\n\n{text}\n\n{sync_table(rows)}\n\n{bound}\n"
+
+
+def paragraph(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def report(found: dict[str, list[Any]], about: dict[str, Any], options: argparse.Namespace) -> str:
