@@ -131,8 +131,11 @@ class BroadcastPublisher:
         if lead is not None:
             lead.start(route)
         self._send(route, deadline)
+        failure = lead.finish(route, deadline) if lead is not None else None
         try:
-            on_rank_zero(self._ranks, lambda: lead.finish(route, deadline) if lead else None)
+            if isinstance(failure, _HungRank):
+                raise failure  # by itself: a collective would wait for that rank too
+            on_rank_zero(self._ranks, lambda: _raise(failure))
         except ScopeError:
             self._sender.leave()
             raise
@@ -190,6 +193,15 @@ class BroadcastPublisher:
 
 class _Stopped(Exception):
     """Another side failed and tells why."""
+
+
+class _HungRank(SyncError):
+    """A rank of the trainer does not answer."""
+
+
+def _raise(failure: BaseException | None) -> None:
+    if failure is not None:
+        raise failure
 
 
 class _Lead:
@@ -269,29 +281,37 @@ class _Lead:
         self._outcome = threading.Thread(target=watch, name="broadcast-outcome", daemon=True)
         self._outcome.start()
 
-    def finish(self, route: _Route, deadline: float) -> None:
-        """Waits for servers and senders; raises one error for all that went wrong on either side."""
+    def finish(self, route: _Route, deadline: float) -> BaseException | None:
+        """Waits for servers and senders; one error for all that went wrong on either side."""
         assert self._outcome is not None and self._transfer is not None
         self._outcome.join()
         version = self._transfer.version
-        told = [report for stage in self._stages if (report := self._report(route, stage, deadline)) != _OK]
+        reports = {stage: self._report(route, stage, deadline) for stage in self._stages}
         if self._error is not None and not isinstance(self._error, ScopeError):
-            raise self._error
-        if self._error is not None:
-            told.insert(0, str(self._error))
+            return self._error
+        told = [] if self._error is None else [str(self._error)]
+        told += [report for report in reports.values() if report not in (None, _OK)]
+        told += [
+            f"the sending rank of pipeline stage {stage} does not answer; is it stopped?"
+            for stage, report in reports.items()
+            if report is None
+        ]
         if told:
-            self._members = {}
-            raise SyncError(f"weight version {version} was not published: {'; '.join(told)}")
+            kind = _HungRank if None in reports.values() else SyncError
+            return kind(f"weight version {version} was not published: {'; '.join(told)}")
         self._sent = version
+        return None
 
-    def _report(self, route: _Route, stage: int, deadline: float) -> str:
-        """What the sender of a stage has to say; when the servers have failed, it says so soon."""
+    def _report(self, route: _Route, stage: int, deadline: float) -> str | None:
+        """What the sender of a stage has to say, None when it says nothing; after a failure of the servers it
+        does so soon.
+        """
         if self._error is not None:
             deadline = min(deadline, time.monotonic() + GRACE_S)
         key = _report_key(route, stage)
         while not self._signals.check([key]):
             if time.monotonic() > deadline:
-                return f"the sending rank of pipeline stage {stage} does not answer; is it stopped?"
+                return None
             time.sleep(POLL_S)
         return self._signals.get(key).decode()
 

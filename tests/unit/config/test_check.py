@@ -114,6 +114,7 @@ def test_what_must_be_accepted(overrides, options):
         ("rollout.correction_cap=.inf", "rollout.correction_cap is inf: it must be finite and 1 or more"),
         ("rollout.top_k=0", "rollout.top_k is 0: it must be 1 or more, or -1 to turn it off"),
         ("optimizer.beta2=1", "optimizer.beta2 is 1.0: it must be at least 0 and below 1"),
+        ("sync.bucket_mb=0", "sync.bucket_mb is 0.0: it must be finite and above 0"),
         ("data.stop_token_ids=[1,-2]", "data.stop_token_ids has -2: token ids are 0 or more"),
     ],
 )

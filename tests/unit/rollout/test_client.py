@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from aiohttp import web
 
-from megatron_scope.errors import RolloutError, SyncError
+from megatron_scope.errors import RolloutError
 from megatron_scope.records import Prompt, Rollout
 from megatron_scope.rollout.client import (
     ClientOptions,
     RolloutRequest,
     ServerClient,
     ServerFailure,
-    Unhealthy,
     sample_seed,
 )
 from megatron_scope.rollout.wire import StaleWeights, generate_body
@@ -326,100 +323,7 @@ def test_something_that_speaks_no_http() -> None:
         asyncio.run(run())
 
 
-# ---- health and weights
-
-
-def on_fake(test: Callable[[ServerClient], Awaitable[Any]], **handlers: Handler) -> Fake:
-    async def run() -> Fake:
-        async with Fake(**handlers) as fake, ServerClient(fake.url, vocab_size=10, options=FAST) as client:
-            await test(client)
-            return fake
-
-    return asyncio.run(run())
-
-
-def test_waiting_for_health() -> None:
-    states = iter([503, 503, 200])
-
-    async def starting(request: web.Request) -> web.Response:
-        return web.Response(status=next(states))
-
-    on_fake(lambda client: client.wait_healthy(5), health=starting)
-    with pytest.raises(RolloutError, match=r"not healthy after 0\.1 s \(HTTP 503\)"):
-        on_fake(lambda client: client.wait_healthy(0.1), health=answering("", 503))
-
-
-def test_new_weights_are_read_back() -> None:
-    done = answering({"success": True, "message": "ok", "num_paused_requests": 0})
-    fake = on_fake(
-        lambda client: client.update_weights_from_disk("/w", 4),
-        update_weights_from_disk=done,
-        model_info=answering({"weight_version": "4"}),
-    )
-    assert fake.bodies[0]["model_path"] == "/w" and fake.bodies[0]["weight_version"] == "4"
-
-
-@pytest.mark.parametrize(
-    ("update", "info", "said"),
-    [
-        ({"success": True}, {"weight_version": "3"}, "weight version is '3' after an update to 4"),
-        ({"success": True}, {}, "weight version is None"),
-        ({"success": True}, [], "expected a JSON object"),
-        ({"success": False, "message": "shape"}, {}, "did not take /w: shape"),
-        (3, {}, "expected a JSON object"),
-    ],
-)
-def test_weights_that_did_not_arrive_are_a_sync_error(update: Any, info: Any, said: str) -> None:
-    with pytest.raises(SyncError, match=said):
-        on_fake(
-            lambda client: client.update_weights_from_disk("/w", 4),
-            update_weights_from_disk=answering(update),
-            model_info=answering(info),
-        )
-
-
-@pytest.mark.parametrize(
-    ("handler", "said"),
-    [
-        (answering({"success": False, "message": "gone"}, 400), "gone"),
-        (dropping, "no connection after 3 attempts"),
-        (answering("", 503), "HTTP 503"),
-    ],
-)
-def test_a_failed_update_is_a_sync_error(handler: Handler, said: str) -> None:
-    with pytest.raises(SyncError, match=said):
-        on_fake(lambda client: client.update_weights_from_disk("/w", 4), update_weights_from_disk=handler)
-
-
-def test_a_control_request_whose_connection_failed_is_tried_again() -> None:
-    calls: list[int] = []
-
-    async def flaky(request: web.Request) -> web.StreamResponse:
-        calls.append(1)
-        return await (dropping if len(calls) < 3 else answering(""))(request)
-
-    on_fake(lambda client: client.abort_all(), abort_request=flaky)
-    assert len(calls) == 3
-
-
-@pytest.mark.parametrize(
-    ("handler", "reason", "silent"),
-    [
-        (answering("", 503), "HTTP 503", False),
-        (dropping, "Server disconnected", False),
-        (hanging, "no answer to GET /health within 0.1 s", True),
-    ],
-)
-def test_a_hung_server_is_told_from_a_dead_one(handler: Handler, reason: str, silent: bool) -> None:
-    async def run() -> Unhealthy | None:
-        options = dataclasses.replace(FAST, probe_timeout_s=0.1)
-        async with (
-            Fake(health=handler) as fake,
-            ServerClient(fake.url, vocab_size=10, options=options) as client,
-        ):
-            return await client.health()
-
-    assert asyncio.run(run()) == Unhealthy(reason, silent=silent)
+# ---- what it is made of
 
 
 def test_the_client_imports_neither_torch_nor_transformers() -> None:

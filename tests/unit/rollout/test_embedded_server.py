@@ -438,7 +438,8 @@ def test_a_child_server_serves_and_ends_cleanly(make_model: Make, tmp_path: Path
 
     async def one(url: str) -> Rollout:
         async with ServerClient(url, vocab_size=16) as client:
-            return await client.generate(RolloutRequest(Prompt("p", (1, 2), "", "math"), 0, 1, "r"), params)
+            request = RolloutRequest(Prompt("p", (1, 2), "", "math"), 0, 1, "r")
+            return await client.generate(request, params)
 
     with EmbeddedServer(options, log_path=log) as server:
         assert server.pid is not None

@@ -232,7 +232,9 @@ def test_two_thousand_requests_in_flight() -> None:
         patient = dataclasses.replace(CLIENT, probe_timeout_s=10)  # all of it runs in one thread here
         async with staged(PoolServer(), options=options, client=patient) as stage:
             stage.servers[0].crowd = 2000
-            await stage.collect(group_requests(250, 8))
+            requests, collected = group_requests(20, 100), Collected()
+            await asyncio.wait_for(stage.pool.run(requests, PARAMS, VERSION, collected.take), 300)
+            collected.check(requests)
             assert stage.servers[0].most == 2000
 
     asyncio.run(run())
