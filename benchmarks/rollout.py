@@ -109,7 +109,7 @@ def measure_overhead(options: argparse.Namespace, folder: Path) -> list[Overhead
             for repeat in range(options.repeats + 1):
                 for client in CLIENTS:
                     found = run_client(plan_for(server, model, size, options, kind=client))
-                    say(f"{engine}, {client}: {found['seconds']:.1f} s")
+                    say(f"{engine}, {client}: {found}")
                     if repeat:
                         runs[client].append(found)
         rows += [OverheadRow(engine, client, tuple(found)) for client, found in runs.items()]
