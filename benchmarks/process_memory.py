@@ -1,4 +1,4 @@
-"""Resident memory of this process, from Linux's /proc."""
+"""Resident memory of a process, this one unless told otherwise, from Linux's /proc."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ import gc
 import re
 from pathlib import Path
 
-STATUS = Path("/proc/self/status")
 
-
-def resident_bytes(field: str = "VmRSS") -> int:
-    """VmRSS (now) or VmHWM (the highest since `begin`)."""
-    found = re.search(rf"^{field}:\s+(\d+) kB$", STATUS.read_text(encoding="utf-8"), flags=re.MULTILINE)
+def resident_bytes(field: str = "VmRSS", pid: int | str = "self") -> int:
+    """VmRSS (now), VmHWM (the highest since the peak was last reset) or RssAnon (now, without files)."""
+    status = Path(f"/proc/{pid}/status")
+    found = re.search(rf"^{field}:\s+(\d+) kB$", status.read_text(encoding="utf-8"), flags=re.MULTILINE)
     if found is None:
-        raise RuntimeError(f"{STATUS} has no {field}; the benchmark needs Linux")
+        raise RuntimeError(f"{status} has no {field}; the benchmark needs Linux")
     return 1024 * int(found[1])
 
 
+def reset_peak(pid: int | str = "self") -> None:
+    """Starts a new peak of a process at what is resident now."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="utf-8")
+
+
 def begin() -> int:
-    """Starts a new peak; returns what is resident now.
+    """Starts a new peak of this process; returns what is resident now.
 
     What lies free in the heap goes back to the system first: it would hide what comes next.
     """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = resident_bytes()
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    reset_peak()
     return before

@@ -16,6 +16,7 @@ from megatron_scope.rollout.client import ClientOptions, RolloutRequest, ServerC
 from megatron_scope.rollout.delivery import DiskDelivery
 from megatron_scope.rollout.embedded.options import LoadFormat, ServeOptions
 from megatron_scope.rollout.identity import Expectation
+from megatron_scope.rollout.open_files import raise_limit
 from megatron_scope.rollout.pool import PoolOptions, ServerPool, Servers
 from megatron_scope.rollout.process import EmbeddedServer
 from megatron_scope.sync.broadcast import BroadcastDelivery, Groups
@@ -62,6 +63,7 @@ class RolloutService:
 
     async def _connect(self, folder: Path, load_format: LoadFormat) -> ServerPool:
         """The pool of the servers; the embedded one is started with the model in `folder`."""
+        raise_limit()
         rollout = self._config.rollout
         expected = Expectation.of_model(folder, any_sglang_version=rollout.any_sglang_version)
         if rollout.engine is Engine.EMBEDDED:

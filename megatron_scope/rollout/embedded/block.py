@@ -22,7 +22,6 @@ class Progress:
 
     sample: Sample
     stop_ids: frozenset[int]
-    uniforms: np.ndarray
     output_ids: list[int] = dataclasses.field(default_factory=list)
     output_logprobs: list[float] = dataclasses.field(default_factory=list)
     spans: list[VersionSpan] = dataclasses.field(default_factory=list)
@@ -36,7 +35,7 @@ class Progress:
     def start(cls, sample: Sample, eos_ids: frozenset[int]) -> Progress:
         settings = sample.sampling
         stop_ids = frozenset() if settings.ignore_eos else settings.stop_token_ids | eos_ids
-        return cls(sample, stop_ids, uniforms(settings.seed, sample.index, settings.max_new_tokens))
+        return cls(sample, stop_ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +93,10 @@ class SlotBlock:
             settings.top_k,
         )
         self._set_stop_ids(row, sorted(progress.stop_ids))
-        self._uniform[row, : settings.max_new_tokens] = progress.uniforms
+        # Only now: thousands of samples may wait, and each has as many as it may get tokens.
+        self._uniform[row, : settings.max_new_tokens] = uniforms(
+            settings.seed, progress.sample.index, settings.max_new_tokens
+        )
         self._output_ids[row, :done] = progress.output_ids
         self._output_logprobs[row, :done] = progress.output_logprobs
 

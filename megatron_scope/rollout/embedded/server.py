@@ -15,6 +15,7 @@ from aiohttp import web
 
 from megatron_scope.errors import ConfigError
 from megatron_scope.rollout.embedded.options import ServeOptions, require_model_folder, write_port_file
+from megatron_scope.rollout.open_files import raise_limit
 
 if TYPE_CHECKING:
     from megatron_scope.rollout.embedded.model import ServedModel
@@ -56,6 +57,7 @@ def serve(options: ServeOptions) -> None:
     Raises ConfigError (busy port, no API key, bad number) or DataError (model folder) before it listens.
     """
     _check(options)
+    raise_limit()
     api_key = _api_key(options.api_key_env)
     parent = None if options.parent_pid is None else Parent(options.parent_pid)
     with _bind(options) as listener:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,28 @@ def test_requests_wait_when_memory_or_slots_are_short(bench: Any) -> None:
 
 
 # ---- sampling
+
+
+def test_a_waiting_request_holds_no_memory_for_the_response_that_it_may_get(
+    bench: Any, make_model: Make
+) -> None:
+    num_tokens, num_requests = 8000, 50
+    it = bench(make_model("qwen2", max_position_embeddings=num_tokens + 100))
+    it.engine.pause("in_place").result(30)
+    samples = [
+        sample
+        for seed in range(num_requests)
+        for sample in it.samples(body([1, 2, 3], seed=seed, max_new_tokens=num_tokens))
+    ]
+    tracemalloc.start()
+    try:
+        it.engine.submit(samples)
+        assert it.engine.flush().result(30) is False  # by then they wait
+        held_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert it.engine.state().num_waiting == num_requests
+    assert held_bytes < num_requests * num_tokens  # not even a byte a token
 
 
 def test_sampling_frequencies_follow_the_distribution(bench: Any) -> None:

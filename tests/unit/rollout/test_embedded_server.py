@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -452,6 +453,42 @@ def test_a_child_server_serves_and_ends_cleanly(make_model: Make, tmp_path: Path
                 server.check()
                 time.sleep(0.01)
     assert "Traceback" not in log.read_text()
+
+
+def test_a_child_takes_more_requests_than_its_limit_on_open_files_at_first(
+    make_model: Make, tmp_path: Path
+) -> None:
+    few, num_requests = 64, 150
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    child = EmbeddedServer(ServeOptions(model=str(make_model("qwen2"))), log_path=tmp_path / "log")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))  # the child inherits it
+    try:
+        child.start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    async def ask_at_once() -> list[int]:
+        connector = aiohttp.TCPConnector(limit=0)
+        async with (
+            aiohttp.ClientSession(connector=connector) as session,
+            ServerClient(child.url, vocab_size=16) as control,
+        ):
+
+            async def ask() -> int:
+                async with session.post(f"{child.url}/generate", json=generation()) as response:
+                    return response.status
+
+            await control.pause("in_place")
+            asking = [asyncio.create_task(ask()) for _ in range(num_requests)]
+            while (await control.server_info())["num_waiting_requests"] < num_requests:
+                await asyncio.sleep(0.02)
+            await control.continue_()
+            return await asyncio.gather(*asking)
+
+    try:
+        assert asyncio.run(asyncio.wait_for(ask_at_once(), 60)) == [200] * num_requests
+    finally:
+        child.stop()
 
 
 def test_a_child_that_dies_early_is_reported_with_its_log(tmp_path: Path) -> None:
