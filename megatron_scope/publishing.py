@@ -24,11 +24,11 @@ from megatron_scope.backend.model import StageModel
 from megatron_scope.backend.setup import Ranks
 from megatron_scope.config.schema import Config, Engine, Transport
 from megatron_scope.controller.process import ControllerProcess
-from megatron_scope.convert.mapping import exported_tensors
+from megatron_scope.convert.mapping import exported_tensors, largest_in_hand
 from megatron_scope.errors import ScopeError, SyncError
 from megatron_scope.records import ServedModel, StageTransfer, WeightBucket, WeightTransfer
 from megatron_scope.run_folder import RunFolder
-from megatron_scope.sync.buckets import plan_buckets
+from megatron_scope.sync.buckets import bucket_size, plan_buckets
 from megatron_scope.sync.compare import check_served
 from megatron_scope.sync.disk import remove_old_versions
 
@@ -113,7 +113,9 @@ class BroadcastPublisher:
         sync = config.sync
         self._sync, self._ranks = sync, ranks
         dtype = stage.config.params_dtype
-        buckets = plan_buckets(exported_tensors(stage.entries), dtype, int(sync.bucket_mb * MEGABYTE))
+        in_hand = largest_in_hand(stage.entries, stage.shape, ranks.tensor_size) * dtype.itemsize
+        size = bucket_size(int(sync.bucket_mb * MEGABYTE), in_hand)
+        buckets = plan_buckets(exported_tensors(stage.entries), dtype, size)
         self._sender = WeightSender(stage, ranks, buckets)
         mine = (ranks.pipeline_rank, buckets) if self._sender.sends else None
         plans = gather_on_first(ranks, mine) if ranks.replica == 0 else []

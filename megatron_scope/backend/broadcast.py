@@ -107,6 +107,7 @@ class WeightSender:
                 data = tensor.contiguous().view(-1).view(torch.uint8)
                 flat[start : start + len(data)].copy_(data)
                 start += len(data)
+                del tensor, data  # before the next parameter is put together
             yield flat
         for _ in tensors:
             raise AssertionError("more tensors came than were planned")

@@ -260,7 +260,9 @@ class SyncConfig:
     # which is faster and needs no disk: for models above 8B or so.
     transport: Transport = Transport.DISK
     timeout_s: float = 600.0  # for a server to load a folder, for one whole broadcast
-    bucket_mb: float = 512.0  # tensors that travel together in a broadcast; a larger one travels alone
+    # Tensors that travel together in a broadcast; a larger one travels alone. A sending rank holds two of
+    # these beside its shards.
+    bucket_mb: float = 512.0
     # Where the servers reach rank 0's host; null: 127.0.0.1 if they are all on this one, else MASTER_ADDR or
     # the host's name.
     master_address: str | None = None

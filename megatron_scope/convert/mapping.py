@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -255,9 +256,15 @@ def export_stage(
         peers = tensor if entry.expert is None else expert
         if entry.copy or peers is None:
             continue
-        parts = peers.gather(local(entry.parameter).detach().contiguous())
-        if not parts:
-            continue
+        # Nothing of a parameter is kept here while the next one is gathered.
+        yield from _whole(entries, number, peers.gather(local(entry.parameter).detach().contiguous()), shape)
+
+
+def _whole(
+    entries: Sequence[Sequence[Entry]], number: int, parts: list[Tensor], shape: ModelShape
+) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors of the first rank's entry `number`; none without parts."""
+    if parts:
         for whose, shards in _joined(entries, number, parts):
             yield from zip(whose.hf, whose.layout.join(shards, shape), strict=True)
 
@@ -273,6 +280,20 @@ def _joined(
         yield entry, parts
     else:
         yield from ((entries[rank][number], [part]) for rank, part in enumerate(parts))
+
+
+def largest_in_hand(entries: Sequence[Sequence[Entry]], shape: ModelShape, tensor_size: int) -> int:
+    """The most numbers that `export_stage` holds at a time on the first rank beside its own shards: the parts
+    of a parameter, where it has to gather them, and what they are put together to.
+    """
+    counts = [0]
+    for entry in entries[0]:
+        num_parts = tensor_size if entry.expert is None else len(entries)
+        num_whole = 1 if entry.expert is None else num_parts  # an expert of each rank
+        if not entry.copy:
+            copies = 1 if num_parts == 1 else 2
+            counts.append(copies * num_whole * math.prod(entry.whole_size(shape)))
+    return max(counts)
 
 
 def exported_tensors(entries: Sequence[Sequence[Entry]]) -> Iterator[tuple[str, Size]]:

@@ -11,6 +11,13 @@ from megatron_scope.convert.blocks import dtype_name
 from megatron_scope.records import WeightBucket
 
 
+def bucket_size(limit_bytes: int, in_hand_bytes: int) -> int:
+    """How large buckets may be so that two of them, and the `in_hand_bytes` of the parameter that is put
+    together meanwhile, take no more than two of `limit_bytes`; at least half a limit, whatever is in hand.
+    """
+    return max(limit_bytes - in_hand_bytes // 2, limit_bytes // 2)
+
+
 def plan_buckets(
     tensors: Iterable[tuple[str, tuple[int, ...]]], dtype: torch.dtype, max_bytes: int
 ) -> tuple[WeightBucket, ...]:

@@ -1,5 +1,7 @@
 """Parameters of pipeline stages beside Hugging Face tensors: each once, in both directions."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -11,6 +13,7 @@ from megatron_scope.convert.mapping import (
     checkpoint_key,
     export_stage,
     exported_tensors,
+    largest_in_hand,
     load_stage,
     model_entries,
     reading_order,
@@ -272,3 +275,10 @@ def test_both_tables_have_the_padded_size_of_the_run(folder):
         e for stage in stages_of(folder, 1, 2, padded=512) for e in stage if isinstance(e.layout, Vocabulary)
     ]
     assert len(entries) == 2 and all(e.layout.padded_rows == 512 for e in entries)
+
+
+@pytest.mark.parametrize(("tensor_size", "copies"), [(1, 1), (2, 2), (4, 2)])
+def test_what_an_export_has_in_hand_at_most_is_known_before(folder, tensor_size, copies):
+    (entries,) = stages_of(folder, 2, padded=512)
+    sizes = [math.prod(entry.whole_size(folder.shape)) for entry in entries]
+    assert largest_in_hand([entries], folder.shape, tensor_size) == copies * max(sizes)

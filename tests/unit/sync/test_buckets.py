@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from megatron_scope.sync.buckets import plan_buckets
+from megatron_scope.sync.buckets import bucket_size, plan_buckets
 
 TENSORS = [("a", (3, 4)), ("b", (8,)), ("big", (10, 10)), ("c", (2, 2, 2)), ("d", (1,)), ("e", (12,))]
 
@@ -35,3 +35,11 @@ def test_a_tensor_larger_than_a_bucket_stands_alone():
 
 def test_a_stage_without_tensors_has_no_bucket():
     assert plan_buckets([], torch.float32, 100) == ()
+
+
+@pytest.mark.parametrize(
+    ("limit", "in_hand", "size"), [(100, 0, 100), (100, 30, 85), (100, 100, 50), (100, 180, 50)]
+)
+def test_two_buckets_and_the_parameter_in_hand_fit_into_two_of_the_limit(limit, in_hand, size):
+    assert bucket_size(limit, in_hand) == size
+    assert 2 * size + in_hand <= 2 * limit or in_hand > limit
