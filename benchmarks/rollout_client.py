@@ -39,6 +39,8 @@ POLL_S = 0.1
 # A server that is paused on purpose calls itself unhealthy; the pool is not to look meanwhile.
 NEVER_S = 3600.0
 
+LIMITS = ClientOptions(request_timeout_s=3600, control_timeout_s=600, probe_timeout_s=30)
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -130,7 +132,7 @@ async def draw_by_pool(plan: Plan, requests: list[RolloutRequest], tally: Tally,
     )
     servers = Servers(
         AddressBook([plan.url]),
-        lambda url: ServerClient(url, vocab_size=plan.vocab, options=ClientOptions()),
+        lambda url: ServerClient(url, vocab_size=plan.vocab, options=LIMITS),
         Expectation.of_model(Path(plan.model), any_sglang_version=False),
     )
     pool = ServerPool(servers, options)
@@ -143,7 +145,7 @@ async def draw_by_pool(plan: Plan, requests: list[RolloutRequest], tally: Tally,
 
 async def draw_leanly(plan: Plan, requests: list[RolloutRequest], tally: Tally, measured: Measured) -> None:
     """As many open requests as the pool has, no check, no record, no second try."""
-    async with ServerClient(plan.url, vocab_size=plan.vocab) as client:
+    async with ServerClient(plan.url, vocab_size=plan.vocab, options=LIMITS) as client:
         # The pool's publish drops the server's prefix cache too.
         await client.update_weights_from_disk(str(Path(plan.model).absolute()), VERSION)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
@@ -181,7 +183,7 @@ async def time_it(plan: Plan) -> dict[str, Any]:
 async def hold_them(plan: Plan) -> dict[str, Any]:
     """The memory of both sides while all requests are in flight, and at its highest."""
     requests, tally, found = plan.requests(), Tally(keeps=False), {}
-    async with ServerClient(plan.url, vocab_size=plan.vocab) as control:
+    async with ServerClient(plan.url, vocab_size=plan.vocab, options=LIMITS) as control:
 
         async def watch(client_before: int, server: Server, server_before: int) -> None:
             while True:

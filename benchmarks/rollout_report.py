@@ -171,8 +171,8 @@ def _sync_section(rows: Sequence[SyncRow], options: argparse.Namespace) -> str:
         "use."
     )
     bound = paragraph(
-        f"By broadcast a rank needs at most {highest.peak_in_buckets:.2f} buckets beside its shards: two, "
-        "and what puts together the parameter that is on its way."
+        f"By broadcast a rank needs at most {highest.peak_in_buckets:.2f} buckets beside its shards, the "
+        "parameter that is put together included."
     )
     return f"## Publishing\n\n{text}\n\n{sync_table(rows)}\n\n{bound}\n"
 

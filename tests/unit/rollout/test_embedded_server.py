@@ -471,7 +471,7 @@ def test_a_child_takes_more_requests_than_its_limit_on_open_files_at_first(
         connector = aiohttp.TCPConnector(limit=0)
         async with (
             aiohttp.ClientSession(connector=connector) as session,
-            ServerClient(child.url, vocab_size=16) as control,
+            ServerClient(child.url, vocab_size=16, options=CLIENT) as control,
         ):
 
             async def ask() -> int:
