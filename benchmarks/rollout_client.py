@@ -28,7 +28,12 @@ import psutil  # noqa: E402
 from megatron_scope.config.schema import RolloutConfig  # noqa: E402
 from megatron_scope.records import Prompt, Rollout, SamplingParams  # noqa: E402
 from megatron_scope.rollout.addresses import AddressBook  # noqa: E402
-from megatron_scope.rollout.client import ClientOptions, RolloutRequest, ServerClient  # noqa: E402
+from megatron_scope.rollout.client import (  # noqa: E402
+    KEEP_ALIVE_S,
+    ClientOptions,
+    RolloutRequest,
+    ServerClient,
+)
 from megatron_scope.rollout.delivery import DiskDelivery  # noqa: E402
 from megatron_scope.rollout.identity import Expectation  # noqa: E402
 from megatron_scope.rollout.pool import PoolOptions, ServerPool, Servers  # noqa: E402
@@ -148,7 +153,9 @@ async def draw_leanly(plan: Plan, requests: list[RolloutRequest], tally: Tally, 
     async with ServerClient(plan.url, vocab_size=plan.vocab, options=LIMITS) as client:
         # The pool's publish drops the server's prefix cache too.
         await client.update_weights_from_disk(str(Path(plan.model).absolute()), VERSION)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+    # A connection that SGLang has closed in the meantime would end this client, which tries nothing again.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+    async with aiohttp.ClientSession(connector=connector) as session:
         bodies = iter([generate_body(request, plan.params()) for request in requests])
 
         async def work() -> None:
