@@ -58,9 +58,14 @@ class Groups:
                     await server.control(path, body, limit_s=CLEAN_UP_S)
 
         servers, names, self._servers, self._names = self._servers, self._names, [], []
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CLEAN_UP_S):
-                await asyncio.gather(*(leave(server) for server in servers))
+        leaving = [asyncio.create_task(leave(server)) for server in servers]
+        if leaving:
+            # Not asyncio.timeout: a TaskGroup that failed may leave its task with a cancellation (seen in Python
+            # 3.11.2), which a timeout would take for somebody else's.
+            await asyncio.wait(leaving, timeout=CLEAN_UP_S)
+        for task in leaving:
+            task.cancel()
+        await asyncio.gather(*leaving, return_exceptions=True)
 
 
 class BroadcastDelivery:

@@ -245,3 +245,13 @@ def test_a_returning_server_waits_for_the_next_version(servers):
 def test_the_end_of_a_run_leaves_no_group(servers, log):
     deliver(servers, transfer(), then=lambda groups: groups.destroy())
     assert paths(log, "http://one")[-2:] == ["/destroy_weights_update_group"] * 2
+
+
+def test_servers_that_also_hang_while_tidying_up_do_not_replace_the_error(servers, monkeypatch):
+    """One that is hung answers nothing at all, so its update and each clean-up run into their limits."""
+    monkeypatch.setattr(broadcast, "CLEAN_UP_S", 0.1)
+    for server in servers:
+        server.refuses[UPDATE] = 1
+        server.hangs_at = "/destroy_weights_update_group"
+    with pytest.raises(SyncError, match="HTTP 400: refused"):
+        deliver(servers, transfer())
