@@ -60,8 +60,8 @@ class Groups:
         servers, names, self._servers, self._names = self._servers, self._names, [], []
         leaving = [asyncio.create_task(leave(server)) for server in servers]
         if leaving:
-            # Not asyncio.timeout: a TaskGroup that failed may leave its task with a cancellation (seen in Python
-            # 3.11.2), which a timeout would take for somebody else's.
+            # Not asyncio.timeout: a TaskGroup that failed may leave its task with a cancellation (seen in
+            # Python 3.11.2), which a timeout would take for somebody else's.
             await asyncio.wait(leaving, timeout=CLEAN_UP_S)
         for task in leaving:
             task.cancel()
