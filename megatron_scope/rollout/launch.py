@@ -187,7 +187,7 @@ def _environment(options: LaunchOptions) -> dict[str, str]:
 
 def _core_ranges(cores: int, ranks: int) -> str:
     """0-3|4-7: the cores of each rank."""
-    share = cores // ranks
+    share = max(1, cores // ranks)
     return "|".join(f"{rank * share}-{(rank + 1) * share - 1}" for rank in range(ranks))
 
 

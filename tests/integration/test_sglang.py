@@ -200,7 +200,8 @@ def test_every_flag_of_launch_is_one_of_this_sglang(sglang_python, folders):
     known = set(re.findall(r"(?<![\w-])--[a-z0-9-]+", shown.stdout))
     folder = {"hf": str(folders["qwen2"])}
     lengths = {"data": {"max_prompt_tokens": 9}, "rollout": {"max_new_tokens": 9, "api_key_env": KEY_NAME}}
-    config = parse_config({"student": folder, "teacher": folder, **lengths}, "test")
+    teacher = {**folder, "api_key_env": KEY_NAME}
+    config = parse_config({"student": folder, "teacher": teacher, **lengths}, "test")
     for role, device in itertools.product(("rollout", "teacher"), ("cuda", "cpu")):
         line = launch_command(config, LaunchOptions(role=role, device=device, tp=2)).as_shell()
         flags = {word for word in line.split() if word.startswith("--")}
