@@ -17,7 +17,6 @@ from megatron_scope.config.needs import needs_engine_logprobs, teacher_is_served
 from megatron_scope.config.schema import Config, Truncated
 from megatron_scope.controller.arrivals import Arrivals
 from megatron_scope.controller.rows import ResponseRecord, write_step
-from megatron_scope.controller.service import RolloutService
 from megatron_scope.controller.sources import SampledRollouts, Source, open_source
 from megatron_scope.controller.teacher import ServedTeacher
 from megatron_scope.data.batching import response_table
@@ -86,19 +85,19 @@ class Controller:
 
     async def publish(self, folder: str, version: int) -> None:
         """Hands new weights to the rollout servers."""
-        await self._source.publish(Path(folder), version)
+        await self._sampled.service.publish(Path(folder), version)
 
     async def meet_servers(self, version: int) -> list[ServedModel]:
         """Begins to hand new weights to the servers without disk: those that shall take them."""
-        return await self._service.meet_servers(version)
+        return await self._sampled.service.meet_servers(version)
 
     async def broadcast(self, transfer: WeightTransfer) -> None:
         """Has the servers take the weights that the ranks now send."""
-        await self._service.broadcast(transfer)
+        await self._sampled.service.broadcast(transfer)
 
     async def probe(self, num_prompts: int, num_tokens: int) -> list[ServerProbe]:
         """A few tokens of every rollout server, in the order of their URLs."""
-        answers = await self._source.probe(num_prompts, num_tokens)
+        answers = await self._sampled.probe(num_prompts, num_tokens)
         numbers = itertools.count()
         return [
             ServerProbe(
@@ -136,9 +135,9 @@ class Controller:
         return is_usable(item, self._config.rollout.truncated)
 
     @property
-    def _service(self) -> RolloutService:
+    def _sampled(self) -> SampledRollouts:
         assert isinstance(self._source, SampledRollouts), "only sampling has servers"
-        return self._source.service
+        return self._source
 
     @property
     def _current(self) -> Arrivals:

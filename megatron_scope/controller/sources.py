@@ -29,16 +29,6 @@ class Source(Protocol):
         """
         ...
 
-    async def publish(self, folder: Path, version: int) -> None:
-        """Takes note of new weights."""
-        ...
-
-    async def probe(self, num_prompts: int, num_tokens: int) -> dict[str, list[Rollout]]:
-        """By the URL of each server in service: up to `num_tokens` tokens for each of the next prompts, which
-        stay the next ones.
-        """
-        ...
-
     def state(self) -> dict[str, Any]:
         """Where the data stand, for a checkpoint; `skipped` counts prompts left out so far."""
         ...
@@ -84,7 +74,7 @@ class _Drawn:
 
 
 class SampledRollouts(_Drawn):
-    """N responses to each of the next prompts, drawn by the rollout servers."""
+    """N responses to each of the next prompts, drawn by the servers of `service` once those have weights."""
 
     def __init__(
         self, config: Config, drawer: Drawer[Prompt], stops: tuple[int, ...], service: RolloutService
@@ -111,10 +101,10 @@ class SampledRollouts(_Drawn):
         ]
         await self.service.produce(requests, self._params, version, arrive)
 
-    async def publish(self, folder: Path, version: int) -> None:
-        await self.service.publish(folder, version)
-
     async def probe(self, num_prompts: int, num_tokens: int) -> dict[str, list[Rollout]]:
+        """By the URL of each server in service: up to `num_tokens` tokens for each of the next prompts, which
+        stay the next ones.
+        """
         requests = [
             RolloutRequest(
                 prompt, 0, sample_seed(self._config.run.seed, 0, prompt.id, 0), f"probe/{prompt.id}"
@@ -146,13 +136,6 @@ class ReplayedRollouts:
         for place, item in enumerate(self._steps[step - 1]):
             arrive(place, item)
 
-    async def publish(self, folder: Path, version: int) -> None:
-        del folder, version
-
-    async def probe(self, num_prompts: int, num_tokens: int) -> dict[str, list[Rollout]]:
-        del num_prompts, num_tokens
-        return {}
-
     def state(self) -> dict[str, Any]:
         return {"skipped": 0}
 
@@ -183,13 +166,6 @@ class GivenResponses(_Drawn):
                 weight_version=version,
             )
             arrive(place, JudgedRollout(rollout, Verdict(True)))
-
-    async def publish(self, folder: Path, version: int) -> None:
-        del folder, version
-
-    async def probe(self, num_prompts: int, num_tokens: int) -> dict[str, list[Rollout]]:
-        del num_prompts, num_tokens
-        return {}
 
     async def close(self) -> None:
         pass

@@ -22,6 +22,7 @@ from megatron_scope.records import JudgedRollout, Rollout, SequenceLimits
 from megatron_scope.rollout.teacher import ServerFacts, TeacherOptions, TeacherServer
 from megatron_scope.rollout.teacher_pool import TeacherPool
 from megatron_scope.rollout.teacher_wire import NoAnswer, ScoringRequest
+from megatron_scope.task_groups import first_failure
 
 TEXTS_AT_A_TIME = 8192  # tokens of the vocabulary whose text is asked for in one request
 
@@ -79,7 +80,7 @@ class ServedTeacher:
             async with asyncio.TaskGroup() as group:
                 await produce(take)
         except ExceptionGroup as failures:
-            raise _first(failures) from None
+            raise first_failure(failures) from None
 
     async def score(self, rollout: Rollout) -> np.ndarray:
         """The teacher's log-prob of each output token, float32 [R] in nats at temperature 1.
@@ -165,9 +166,3 @@ class ServedTeacher:
                 f"take {self._max_tokens} tokens at most (SGLang: --context-length less 7); start them with "
                 "a greater one, or lower the two"
             )
-
-
-def _first(failures: ExceptionGroup) -> Exception:
-    """The earliest leaf of a task group's failures; the others only follow from it."""
-    first = failures.exceptions[0]
-    return _first(first) if isinstance(first, ExceptionGroup) else first

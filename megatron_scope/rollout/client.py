@@ -15,6 +15,7 @@ import aiohttp
 
 from megatron_scope.errors import RolloutError, ScopeError, SyncError
 from megatron_scope.records import Rollout, SamplingParams
+from megatron_scope.rollout.http import CONNECTION_FAILURES, HttpServer
 from megatron_scope.rollout.wire import (
     RolloutRequest,
     as_object,
@@ -28,24 +29,22 @@ from megatron_scope.rollout.wire import (
 
 __all__ = [
     "ClientOptions",
-    "NoAnswer",
     "RolloutRequest",
     "ServerClient",
     "ServerFailure",
+    "TimedOut",
     "Unhealthy",
     "sample_seed",
 ]
 
 HEALTH_POLL_S = 0.2
-# Below the 5 s after which SGLang's HTTP server closes an idle connection, so that few are met closed.
-KEEP_ALIVE_S = 2.0
 
 
 class ServerFailure(RolloutError):
     """The server failed, not the request: another server, or this one later, may answer it."""
 
 
-class NoAnswer(ServerFailure):
+class TimedOut(ServerFailure):
     """Nothing came within the time limit: the server hangs, or is too slow."""
 
 
@@ -82,12 +81,14 @@ class ServerClient:
     def __init__(
         self, url: str, *, vocab_size: int, options: ClientOptions, api_key: str | None = None
     ) -> None:
-        self.url = url.rstrip("/")
-        self._vocab_size, self._api_key = vocab_size, api_key
-        self._options = options
-        self._session: aiohttp.ClientSession | None = None
-        self._once_session: aiohttp.ClientSession | None = None  # each request on a connection of its own
+        self._http = HttpServer(url, api_key)
+        self._vocab_size, self._options = vocab_size, options
         self._sendings = itertools.count()
+
+    @property
+    def url(self) -> str:
+        """The server's address."""
+        return self._http.url
 
     async def __aenter__(self) -> ServerClient:
         return self
@@ -97,10 +98,7 @@ class ServerClient:
 
     async def close(self) -> None:
         """Closes the connections; the server aborts what was open on them."""
-        for session in (self._session, self._once_session):
-            if session is not None:
-                await session.close()
-        self._session = self._once_session = None
+        await self._http.close()
 
     # ---- what a server says about itself
 
@@ -108,14 +106,12 @@ class ServerClient:
         """None when GET /health gives 200, else what was seen."""
         limit_s = self._options.probe_timeout_s
         try:
-            async with self._open_session().get(
-                self._at("/health"), timeout=aiohttp.ClientTimeout(total=limit_s)
-            ) as response:
-                return None if response.status == 200 else Unhealthy(f"HTTP {response.status}", silent=False)
+            status, _ = await self._http.send("GET", "/health", limit_s=limit_s)
         except TimeoutError:
             return Unhealthy(f"no answer to GET /health within {limit_s:g} s", silent=True)
         except (aiohttp.ClientError, OSError) as error:
-            return Unhealthy(self._clean(error) or type(error).__name__, silent=False)
+            return Unhealthy(self._http.clean(error), silent=False)
+        return None if status == 200 else Unhealthy(f"HTTP {status}", silent=False)
 
     async def wait_healthy(self, timeout_s: float) -> None:
         """Returns once GET /health gives 200; RolloutError after `timeout_s`."""
@@ -192,10 +188,9 @@ class ServerClient:
         """
         try:
             answer = await self._exchange("POST", path, body, SyncError, limit_s=limit_s, once=True)
-        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as error:
+        except CONNECTION_FAILURES as error:
             raise SyncError(
-                f"{self._at(path)}: the connection broke ({self._clean(error) or type(error).__name__}); is "
-                "the server up?"
+                f"{self._at(path)}: the connection broke ({self._http.clean(error)}); is the server up?"
             ) from error
         return as_object(answer, self._at(path), SyncError)
 
@@ -220,28 +215,6 @@ class ServerClient:
     def _at(self, path: str) -> str:
         return f"{self.url}{path}"
 
-    def _open_session(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            tracing = aiohttp.TraceConfig()
-            tracing.on_connection_reuseconn.append(_note_reuse)
-            self._session = aiohttp.ClientSession(
-                headers=self._headers(),
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
-                trace_configs=[tracing],
-            )
-        return self._session
-
-    def _open_once_session(self) -> aiohttp.ClientSession:
-        """For requests that must not be sent twice: on a new connection none is lost to a stale one."""
-        if self._once_session is None:
-            self._once_session = aiohttp.ClientSession(
-                headers=self._headers(), connector=aiohttp.TCPConnector(limit=0, force_close=True)
-            )
-        return self._once_session
-
-    def _headers(self) -> dict[str, str]:
-        return {} if self._api_key is None else {"Authorization": f"Bearer {self._api_key}"}
-
     def _limit(self, method: str, path: str) -> tuple[float, str]:
         """The time limit of an exchange, and the setting that gives it."""
         if path == "/generate":
@@ -259,13 +232,12 @@ class ServerClient:
         for attempt in itertools.count():
             try:
                 return await self._exchange(method, path, body, failure, parse=parse)
-            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as error:
+            except CONNECTION_FAILURES as error:
                 if attempt >= num_retries:
                     tries = f" after {attempt + 1} attempts" if num_retries else ""
                     raise _of_server(failure)(
-                        f"{self._at(path)}: no connection{tries} "
-                        f"({self._clean(error) or type(error).__name__}); is the server up, and is "
-                        "rollout.servers right?"
+                        f"{self._at(path)}: no connection{tries} ({self._http.clean(error)}); is the server "
+                        "up, and is rollout.servers right?"
                     ) from error
             await asyncio.sleep(delay)
             delay *= 2
@@ -285,95 +257,33 @@ class ServerClient:
         limit_s = usual_s if limit_s is None else limit_s
         where = self._at(path)
         try:
-            status, answer = await self._send(method, path, body, limit_s, once=once)
+            status, answer = await self._http.send(method, path, body, limit_s=limit_s, once=once)
         except TimeoutError as error:
-            raise (NoAnswer if failure is RolloutError else failure)(
+            raise (TimedOut if failure is RolloutError else failure)(
                 f"{where}: no answer within {limit_s:g} s; look at the server, or raise {setting}"
             ) from error
         except aiohttp.InvalidURL as error:
             raise failure(f"{where}: not a URL; expected http://HOST:PORT: mend rollout.servers") from error
-        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError):
-            raise  # a failed connection: the caller tries again
+        except CONNECTION_FAILURES:
+            raise  # the caller tries again
         except aiohttp.ClientError as error:
             raise failure(
-                f"{where}: no HTTP answer ({self._clean(error)}); is this an SGLang server?"
+                f"{where}: no HTTP answer ({self._http.clean(error)}); is this an SGLang server?"
             ) from error
         if status == 401:
             raise failure(f"{where}: HTTP 401, the API key is missing or wrong; mend rollout.api_key_env")
         if status != 200:
             kind = _of_server(failure) if status >= 500 or status in (408, 429) else failure
-            raise kind(f"{where}: HTTP {status}: {self._clean(_server_message(answer))}")
+            raise kind(f"{where}: HTTP {status}: {self._http.message(answer)}")
         if not parse:
             return None
         try:
             return json.loads(answer)
         except ValueError as error:
-            raise failure(
-                f"{where}: the answer is not JSON: {self._clean(_text(answer))!r}; is this an SGLang server?"
-            ) from error
-
-    async def _send(
-        self, method: str, path: str, body: Any, limit_s: float, *, once: bool
-    ) -> tuple[int, bytes]:
-        """Status and body of the answer.
-
-        A connection from an earlier exchange may have been closed by the server meanwhile, which says nothing
-        about the server: the request is sent again at once, in the end on a new connection. A `body` that is
-        to be another each time is a function. `once`: on a new connection, and never again.
-        """
-        session = self._open_once_session() if once else self._open_session()
-        async with asyncio.timeout(limit_s):
-            while True:
-                connection = _Connection()
-                try:
-                    async with session.request(
-                        method,
-                        self._at(path),
-                        json=body() if callable(body) else body,
-                        timeout=aiohttp.ClientTimeout(),
-                        trace_request_ctx=connection,
-                    ) as response:
-                        connection.has_answered = True
-                        return response.status, await response.read()
-                except (aiohttp.ClientConnectionError, ConnectionError):
-                    if once or connection.has_answered or not connection.is_reused:
-                        raise
-
-    def _clean(self, message: object) -> str:
-        text = one_line(message)
-        return text if not self._api_key else text.replace(self._api_key, "***")
-
-
-@dataclasses.dataclass
-class _Connection:
-    """What is known of the connection that carried a request."""
-
-    is_reused: bool = False
-    has_answered: bool = False
-
-
-async def _note_reuse(session: aiohttp.ClientSession, context: Any, params: Any) -> None:
-    del session, params
-    if context.trace_request_ctx is not None:
-        context.trace_request_ctx.is_reused = True
+            text = self._http.clean(answer.decode(errors="replace"))
+            raise failure(f"{where}: the answer is not JSON: {text!r}; is this an SGLang server?") from error
 
 
 def _of_server(failure: type[ScopeError]) -> type[ScopeError]:
     """The error that says that the server is at fault."""
     return ServerFailure if failure is RolloutError else failure
-
-
-def _text(answer: bytes) -> str:
-    return answer.decode(errors="replace")
-
-
-def _server_message(answer: bytes) -> str:
-    """What an error body says: SGLang writes error.message, error, or message."""
-    try:
-        body = json.loads(answer)
-    except ValueError:
-        return _text(answer)
-    if not isinstance(body, dict):
-        return _text(answer)
-    error = body.get("error", body.get("message", _text(answer)))
-    return str(error.get("message", error) if isinstance(error, dict) else error)

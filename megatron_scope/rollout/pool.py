@@ -15,6 +15,7 @@ from megatron_scope.rollout.identity import check_identity
 from megatron_scope.rollout.member import Member, State
 from megatron_scope.rollout.roster import PoolOptions, Roster, Servers
 from megatron_scope.rollout.wire import RolloutRequest, StaleWeights
+from megatron_scope.task_groups import first_failure, run_all
 
 __all__ = ["PoolOptions", "ServerPool", "Servers"]
 
@@ -41,7 +42,7 @@ class ServerPool:
         comes in; SyncError when none can take them for `start_timeout_s`, or none does.
         """
         if self._roster.delivery is None:
-            await self._publish_first(delivery)
+            await self._publishfirst_failure(delivery)
         else:
             await self._publish_next(delivery)
 
@@ -91,7 +92,7 @@ class ServerPool:
                 if drawn is not None:
                     answers[member.url] = drawn
 
-        await self._watched(_all(*(ask(member) for member in roster.members if member.state is State.IN)))
+        await self._watched(run_all(*(ask(member) for member in roster.members if member.state is State.IN)))
         if not answers:
             raise roster.nobody_left(RolloutError, "no rollout server answers a probe")
         return answers
@@ -134,7 +135,7 @@ class ServerPool:
                 await work
                 watch.cancel()
         except BaseExceptionGroup as failures:
-            raise _first(failures) from None
+            raise first_failure(failures) from None
 
     async def close(self) -> None:
         """Closes the connections; servers abort what was open on them."""
@@ -142,10 +143,10 @@ class ServerPool:
 
     # ---- weights
 
-    async def _publish_first(self, delivery: Delivery) -> None:
+    async def _publishfirst_failure(self, delivery: Delivery) -> None:
         roster = self._roster
-        await _all(*(one.client.wait_healthy(self._options.start_timeout_s) for one in roster.watched))
-        await _all(*(check_identity(member.client, self._servers.expected) for member in roster.members))
+        await run_all(*(one.client.wait_healthy(self._options.start_timeout_s) for one in roster.watched))
+        await run_all(*(check_identity(member.client, self._servers.expected) for member in roster.members))
         failures = await self._deliver(delivery, roster.members)
         if failures:
             raise next(iter(failures.values()))
@@ -209,7 +210,7 @@ class ServerPool:
                 member.reason = str(error)
 
         fit: list[Member] = []
-        await _all(*(look(member) for member in roster.members))
+        await run_all(*(look(member) for member in roster.members))
         return fit
 
     async def _deliver(self, delivery: Delivery, members: Sequence[Member]) -> dict[str, ScopeError]:
@@ -229,21 +230,5 @@ class ServerPool:
                     "another trainer use this server?"
                 )
 
-        await _all(*(confirm(member) for member in members if member.url not in failures))
+        await run_all(*(confirm(member) for member in members if member.url not in failures))
         return failures
-
-
-async def _all(*work: Coroutine[Any, Any, None]) -> None:
-    """Runs all at once; the first error ends the others and is raised as it is."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            for one in work:
-                group.create_task(one)
-    except BaseExceptionGroup as failures:
-        raise _first(failures) from None
-
-
-def _first(failures: BaseExceptionGroup) -> BaseException:
-    """The earliest leaf of a task group's failures; the others only follow from it."""
-    first = failures.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from megatron_scope.errors import RolloutError, ScopeError, SyncError
 from megatron_scope.rollout.addresses import AddressBook
-from megatron_scope.rollout.client import NoAnswer, ServerClient, ServerFailure, Unhealthy
+from megatron_scope.rollout.client import ServerClient, ServerFailure, TimedOut, Unhealthy
 from megatron_scope.rollout.delivery import Delivery
 from megatron_scope.rollout.identity import Expectation, check_identity
 from megatron_scope.rollout.member import MAX_FAILURES, Member, State
@@ -224,7 +224,7 @@ class Roster:
         try:
             version = await member.client.weight_version()
         except RolloutError as error:
-            return Unhealthy(str(error), silent=isinstance(error, NoAnswer))
+            return Unhealthy(str(error), silent=isinstance(error, TimedOut))
         if version == self.delivery.version:
             return None
         return Unhealthy(f"its weight version is {version}, not {self.delivery.version}", silent=False)
@@ -270,7 +270,7 @@ class Roster:
         if trouble is None:
             return
         if trouble.silent:
-            raise NoAnswer(trouble.reason)
+            raise TimedOut(trouble.reason)
         assert self.delivery is not None
         if not await self.delivery.to_one(member.client):
             raise SyncError(f"{trouble.reason}: it waits for the next version")

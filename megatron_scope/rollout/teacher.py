@@ -13,6 +13,7 @@ import aiohttp
 import numpy as np
 
 from megatron_scope.errors import ConfigError, ScoringError
+from megatron_scope.rollout.http import HttpServer
 from megatron_scope.rollout.teacher_wire import NoAnswer, ScoringRequest, parse_scores, scoring_body
 from megatron_scope.rollout.wire import as_object, one_line
 
@@ -50,17 +51,19 @@ class TeacherServer:
     """
 
     def __init__(self, url: str, *, api_key: str | None, options: TeacherOptions) -> None:
-        self.url = url.rstrip("/")
+        self._http = HttpServer(url, api_key)
         self.weight_version: str | None = None  # that its answers must carry; None takes any
         self.last_id: int | None = None  # the greatest that is sent to it
-        self._api_key, self._options = api_key, options
-        self._session: aiohttp.ClientSession | None = None
+        self._options = options
+
+    @property
+    def url(self) -> str:
+        """The server's address."""
+        return self._http.url
 
     async def close(self) -> None:
         """Closes the connections; the server aborts what was open on them."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        await self._http.close()
 
     async def wait_healthy(self, timeout_s: float) -> None:
         """Returns once GET /health gives 200; ScoringError after `timeout_s`."""
@@ -131,15 +134,6 @@ class TeacherServer:
         answer = await self._request("GET", path, None, CONTROL_TIMEOUT_S)
         return as_object(answer, f"{self.url}{path}", ScoringError)
 
-    def _open_session(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            headers = {} if self._api_key is None else {"Authorization": f"Bearer {self._api_key}"}
-            # A kept connection may have been closed by the server meanwhile, which would look like its death;
-            # beside seconds of scoring a new one costs nothing.
-            connector = aiohttp.TCPConnector(limit=0, force_close=True)
-            self._session = aiohttp.ClientSession(headers=headers, connector=connector)
-        return self._session
-
     async def _request(
         self,
         method: str,
@@ -151,35 +145,33 @@ class TeacherServer:
         parse: bool = True,
     ) -> Any:
         """The parsed JSON answer; `scored` is named where the server refuses it."""
-        where, timeout = f"{self.url}{path}", aiohttp.ClientTimeout(total=timeout_s)
+        where = f"{self.url}{path}"
         try:
-            async with self._open_session().request(method, where, json=body, timeout=timeout) as response:
-                status, text = response.status, await response.text(errors="replace")
+            # A kept connection may have been closed by the server meanwhile, which would look like its death;
+            # beside seconds of scoring a new one costs nothing.
+            status, answer = await self._http.send(method, path, body, limit_s=timeout_s, once=True)
         except TimeoutError:
             raise NoAnswer(f"{where}: no answer within {timeout_s:g} s", timed_out=True) from None
         except aiohttp.InvalidURL:
             raise ConfigError(f"{where}: not a URL; expected http://HOST:PORT: mend teacher.server") from None
         except (aiohttp.ClientError, OSError) as error:
-            raise NoAnswer(f"{where}: {self._clean(error) or type(error).__name__}") from None
+            raise NoAnswer(f"{where}: {self._http.clean(error)}") from None
         if status == 401:
             raise ConfigError(f"{where}: HTTP 401, the API key is missing or wrong; mend teacher.api_key_env")
         if status >= 500:
-            raise NoAnswer(f"{where}: HTTP {status}: {self._clean(text)}")
+            raise NoAnswer(f"{where}: HTTP {status}: {self._http.message(answer)}")
         if status != 200:
             what = f" to {names_of(scored)}" if scored else ""
-            raise ScoringError(f"{where}: HTTP {status}{what}: {self._clean(text)}")
+            raise ScoringError(f"{where}: HTTP {status}{what}: {self._http.message(answer)}")
         if not parse:
             return None
         try:
-            return json.loads(text)
-        except json.JSONDecodeError:
+            return json.loads(answer)
+        except ValueError:
+            text = self._http.clean(answer.decode(errors="replace"))
             raise ScoringError(
-                f"{where}: the answer is not JSON: {self._clean(text)!r}; is this an SGLang server?"
+                f"{where}: the answer is not JSON: {text!r}; is this an SGLang server?"
             ) from None
-
-    def _clean(self, message: object) -> str:
-        text = one_line(message)
-        return text if not self._api_key else text.replace(self._api_key, "***")
 
 
 def names_of(requests: Sequence[ScoringRequest]) -> str:

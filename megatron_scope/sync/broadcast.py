@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from megatron_scope.errors import ScopeError, SyncError
 from megatron_scope.records import ServedModel, StageTransfer, WeightBucket, WeightTransfer
+from megatron_scope.task_groups import run_all
 
 CLEAN_UP_S = 5.0  # for what is only tidy: a server that is dead or hung does not hold up the error
 FLUSH_S = 10.0  # SGLang may hold a request for a moment after its answer, and then refuses to flush
@@ -24,7 +25,8 @@ FLUSH_POLL_S = 0.1
 class Server(Protocol):
     """What is asked of the client of one server."""
 
-    url: str
+    @property
+    def url(self) -> str: ...
 
     async def server_info(self, failure: type[ScopeError]) -> dict[str, Any]: ...
 
@@ -165,15 +167,15 @@ class _Steps:
             await self._groups.destroy()
             for stage in transfer.stages:
                 self._groups.add(self._servers, stage.group_name)
-                await _all(self._join(server, stage) for server in self._servers)
+                await run_all(*(self._join(server, stage) for server in self._servers))
         await self._name_version(f"incomplete-{transfer.version}")
-        await _all(self._begin(server) for server in self._servers)
+        await run_all(*(self._begin(server) for server in self._servers))
         for stage in transfer.stages:
             for bucket in stage.buckets:
                 body = _bucket_body(stage, bucket)
                 await self._everywhere("/update_weights_from_distributed", body)
         await self._everywhere("/end_weight_update", {})
-        await _all(self._flush(server) for server in self._servers)
+        await run_all(*(self._flush(server) for server in self._servers))
         await self._name_version(str(transfer.version))
 
     async def _join(self, server: Server, stage: StageTransfer) -> None:
@@ -214,7 +216,7 @@ class _Steps:
         await self._everywhere("/update_weight_version", body)
 
     async def _everywhere(self, path: str, body: dict[str, Any]) -> None:
-        await _all(self._ask(server, path, body) for server in self._servers)
+        await run_all(*(self._ask(server, path, body) for server in self._servers))
 
     async def _ask(self, server: Server, path: str, body: dict[str, Any]) -> None:
         """One request within what is left of the time."""
@@ -236,17 +238,3 @@ def _bucket_body(stage: StageTransfer, bucket: WeightBucket) -> dict[str, Any]:
         "load_format": "flattened_bucket",
         "flush_cache": False,  # once, at the end
     }
-
-
-async def _all(work: Any) -> None:
-    """Runs coroutines at once; the first error ends the others and is raised as it is."""
-    coroutines: list[Coroutine[Any, Any, None]] = list(work)
-    try:
-        async with asyncio.TaskGroup() as group:
-            for one in coroutines:
-                group.create_task(one)
-    except BaseExceptionGroup as failures:
-        first: BaseException = failures
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
-        raise first from None

@@ -97,6 +97,15 @@ class Step:
         return rollouts
 
 
+async def comes_back(server: SglangServer, version: int) -> None:
+    """Starts a killed server, with other weights than the published ones, and waits until it has those."""
+    await asyncio.to_thread(server.start)
+    async with ServerClient(server.url, vocab_size=VOCAB_SIZE, options=CLIENT) as client:
+        assert await client.weight_version() is None
+        while await client.weight_version() != version:
+            await asyncio.sleep(0.1)
+
+
 def greedy(server: SglangServer) -> tuple[int, ...]:
     """What the server answers at temperature 0."""
 
@@ -122,12 +131,8 @@ def test_a_killed_server_loses_no_sample_and_comes_back_on_its_port_with_current
             await step.run(1, kill)
             await step.publish(2)  # the other alone
             await step.run(2)
-            # With the weights of its start, which are not those of version 2.
-            await asyncio.to_thread(killed.start)
-            async with ServerClient(killed.url, vocab_size=VOCAB_SIZE, options=CLIENT) as client:
-                assert await client.weight_version() is None
-                while await client.weight_version() != 2:
-                    await step.run(2)
+            await step.run(2, lambda: comes_back(killed, 2))
+            await step.run(2)
 
     asyncio.run(run())
     assert greedy(killed) == greedy(other)
@@ -242,10 +247,7 @@ def test_behind_sglang_router_a_killed_server_loses_no_sample_and_what_is_stale_
             await step.publish(1)
             await step.run(1)
             await step.run(1, kill)
-            await asyncio.to_thread(victim.start)  # with the weights of its start
-            async with ServerClient(victim.url, vocab_size=VOCAB_SIZE, options=CLIENT) as client:
-                while await client.weight_version() != 1:
-                    await step.run(1)
+            await step.run(1, lambda: comes_back(victim, 1))
             await step.publish(2)
             await step.run(2)
 

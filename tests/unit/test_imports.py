@@ -23,10 +23,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "config": ("errors",),
     "kernels": ("errors",),  # process groups come in as arguments
     "weight_group": (),  # both ends of a broadcast make it in the same way
+    "task_groups": (),
     "convert": (*_BASE, "config"),
     # The stages do not know each other; the trainer hands one's results to the next.
     "data": (*_BASE, "config"),
-    "rollout": (*_BASE, "config", "data.jsonl", "weight_group"),
+    "rollout": (*_BASE, "config", "data.jsonl", "weight_group", "task_groups"),
     "verify": (*_BASE, "config", "data.jsonl"),
     "objective": (*_BASE, "config", "data.jsonl", "kernels"),
     # A token loss is called with TokenTerms: the shape of the hook, which its two sides must share.
@@ -40,10 +41,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "objective.losses.TokenTerms",
         "weight_group",
     ),
-    "sync": (*_BASE, "config", "data.jsonl", "convert"),
+    "sync": (*_BASE, "config", "data.jsonl", "convert", "task_groups"),
     "evaluate": (*_BASE, "config", "data.jsonl"),
     # What joins stages.
-    "controller": (*_BASE, "config", "data", "rollout", "sync", "verify"),
+    "controller": (*_BASE, "config", "data", "rollout", "sync", "verify", "task_groups"),
     "publishing": (
         *(*_BASE, "config", "backend", "controller", "convert", "run_folder", "sync", "weight_group"),
     ),

@@ -202,11 +202,9 @@ def test_another_model_or_software_is_one_clear_error(
 def test_a_server_that_is_not_there_at_the_start_is_named() -> None:
     async def run() -> None:
         dead = PoolServer()
-        await dead.start()
-        await dead.kill()
         options = dataclasses.replace(OPTIONS, start_timeout_s=0.3)
-        async with staged(PoolServer(), options=options, published=False) as stage:
-            stage.pool._roster.members[0].client.url = dead.url
+        async with staged(dead, options=options, published=False) as stage:
+            await dead.kill()
             with pytest.raises(RolloutError, match=rf"{dead.url}: not healthy after 0.3 s"):
                 await stage.publish(VERSION)
 
