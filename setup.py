@@ -56,6 +56,8 @@ setup(
         # ruff's formatting changes between minor versions, so its range is one of them.
         "dev": [
             "pytest>=8.0,<10",
+            "pytest-timeout>=2.3,<3,!=2.5.0",
+            "pytest-xdist>=3.6,<4",
             "hypothesis>=6.100,<7",
             "ruff>=0.17,<0.18",
             "pyright[nodejs]>=1.1.400,<2",

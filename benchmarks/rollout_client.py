@@ -28,13 +28,9 @@ import psutil  # noqa: E402
 from megatron_scope.config.schema import RolloutConfig  # noqa: E402
 from megatron_scope.records import Prompt, Rollout, SamplingParams  # noqa: E402
 from megatron_scope.rollout.addresses import AddressBook  # noqa: E402
-from megatron_scope.rollout.client import (  # noqa: E402
-    KEEP_ALIVE_S,
-    ClientOptions,
-    RolloutRequest,
-    ServerClient,
-)
+from megatron_scope.rollout.client import ClientOptions, RolloutRequest, ServerClient  # noqa: E402
 from megatron_scope.rollout.delivery import DiskDelivery  # noqa: E402
+from megatron_scope.rollout.http import KEEP_ALIVE_S  # noqa: E402
 from megatron_scope.rollout.identity import Expectation  # noqa: E402
 from megatron_scope.rollout.pool import PoolOptions, ServerPool, Servers  # noqa: E402
 from megatron_scope.rollout.wire import generate_body, sample_seed  # noqa: E402

@@ -1,9 +1,15 @@
 import contextlib
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.helpers.ranks import RankPool
+
+
+def pytest_configure() -> None:
+    # A shell starts what runs in the background with SIGINT ignored, and every child would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

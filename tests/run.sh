@@ -9,6 +9,13 @@ export HF_HUB_OFFLINE=1             # no test may reach for a model hub
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"   # ranks share this machine's cores
 export TOKENIZERS_PARALLELISM=false
 
+if [[ $# -eq 0 ]]; then
+    # Two files of tests side by side: most wait for a server, or for processes that start.
+    set -- -n 2 --dist loadfile --no-loadscope-reorder
+    # SGLang's environment is made while the first tests run; those that need it wait for it.
+    python tools/install_sglang_cpu.py >/dev/null 2>&1 &
+fi
+
 ruff check .
 ruff format --check .
 pyright --pythonpath "$(command -v python)"

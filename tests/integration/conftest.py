@@ -14,6 +14,7 @@ import yaml
 
 from tests.helpers import sglang
 from tests.helpers.models import save_qwen2
+from tests.helpers.ranks import RankPool
 from tests.helpers.settings import changed
 
 COMMAND = [sys.executable, "-m", "megatron_scope"]
@@ -29,18 +30,30 @@ PAIRS = [(a, b) for a in range(10) for b in range(10)]
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory, run: Any) -> dict[str, Path]:
-    """Both learnt the larger of two digits by `train` (sft): the teacher well, the student from noise."""
+def train(pool: Callable[[int], RankPool]) -> Callable[..., list[dict[str, Any]]]:
+    """`train(settings)` trains on `num_ranks` of the session's ranks, as the command of that name does but
+    without its start of processes; returns the rows of metrics.jsonl.
+    """
+
+    def to_the_end(settings: dict[str, Any], num_ranks: int = 1) -> list[dict[str, Any]]:
+        return pool(num_ranks).run("tests.helpers.jobs:train", settings, resume=True)[0]
+
+    return to_the_end
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory, train: Any) -> dict[str, Path]:
+    """Both learnt the larger of two digits by sft: the teacher well, the student from noise."""
     root = tmp_path_factory.mktemp("models")
     save_qwen2(root / "student", seed=1, tie_word_embeddings=False)
     save_qwen2(root / "teacher", seed=2, num_hidden_layers=3, tie_word_embeddings=False)
     return {
-        "student": _learnt(run, root, "student", steps=60, noise=0.5),
-        "teacher": _learnt(run, root, "teacher", steps=200, noise=0.1),
+        "student": _learnt(train, root, "student", steps=60, noise=0.5),
+        "teacher": _learnt(train, root, "teacher", steps=200, noise=0.1),
     }
 
 
-def _learnt(run: Any, root: Path, name: str, *, steps: int, noise: float) -> Path:
+def _learnt(train: Any, root: Path, name: str, *, steps: int, noise: float) -> Path:
     rng = random.Random(name)
 
     def digit(a: int, b: int) -> int:
@@ -63,10 +76,7 @@ def _learnt(run: Any, root: Path, name: str, *, steps: int, noise: float) -> Pat
         "optimizer": {"lr": 1e-2, "warmup_steps": 10, "schedule": "cosine", "weight_decay": 0.0},
         "checkpoint": {"every": 0},
     }
-    path = root / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(config))
-    result = run("train", str(path))
-    assert result.returncode == 0, result.stderr
+    train(config)
     return root / f"{name}_run" / "hf"
 
 

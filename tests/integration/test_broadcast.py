@@ -361,17 +361,28 @@ class At:
 TORN = {"parallel": {"pipeline": 2}, "sync": {"timeout_s": 8}, "checkpoint": {"every": 1}}
 
 
+def torn(settings: dict[str, Any], url: str, student: Path) -> dict[str, Any]:
+    """Settings of two ranks whose training is to break."""
+    return changed(on_server(settings, url, student), **TORN)
+
+
 @pytest.fixture
-def torn(settings: dict[str, Any], write: Any) -> Callable[..., subprocess.Popen[str]]:
-    """Starts two ranks that train through a proxy."""
+def begin(settings: dict[str, Any], write: Any) -> Callable[..., subprocess.Popen[str]]:
+    """Starts such a training, through a proxy."""
+    return lambda url, student: start("train", write(torn(settings, url, student)), "--nproc", "2")
 
-    def begin(url: str, student: Path) -> subprocess.Popen[str]:
-        config = on_server(settings, url, student)
-        for section, values in TORN.items():
-            config = changed(config, **{section: values})
-        return start("train", write(config), "--nproc", "2")
 
-    return begin
+@pytest.fixture
+def resumes(settings: dict[str, Any], train: Any) -> Callable[[SglangServer, Path], None]:
+    """A later run on the same server goes on from the checkpoint, with the same numbers as ever."""
+
+    def to_the_end(server: SglangServer, student: Path) -> None:
+        rows = train(torn(settings, server.url, student), 2)
+        assert [(row["step"], row["weight_version"]) for row in rows] == [(1, 0), (2, 1)]
+        assert all(row["logprob_gap_max"] < TOLERANCE for row in rows)
+        assert http(server, "/model_info")["weight_version"] == "2"
+
+    return to_the_end
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
@@ -381,34 +392,24 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
     return process.returncode, [line for line in stderr.splitlines() if line.startswith("megatron-scope:")]
 
 
-def resumes(process: subprocess.Popen[str], run: Path, server: SglangServer) -> None:
-    """A later run on the same server goes on from the checkpoint, with the same numbers as ever."""
-    code, said = ended(process)
-    assert (code, said) == (0, [])
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["weight_version"]) for row in rows] == [(1, 0), (2, 1)]
-    assert all(row["logprob_gap_max"] < TOLERANCE for row in rows)
-    assert http(server, "/model_info")["weight_version"] == "2"
-
-
-def test_a_server_killed_in_mid_transfer_is_one_clear_error(torn, servers, students, tmp_path):
+def test_a_server_killed_in_mid_transfer_is_one_clear_error(begin, resumes, servers, students):
     server = servers["tied"]
     at = At(2, server.kill)
     with Proxy(server.url, meet=at) as proxy:
-        code, said = ended(torn(proxy.url, students["tied"]))
+        code, said = ended(begin(proxy.url, students["tied"]))
     assert at.happened.is_set()
     assert code == 1 and len(said) == 1, said
     assert "weight version 1 was not published" in said[0] and proxy.url in said[0]
     server.start()
-    resumes(torn(server.url, students["tied"]), tmp_path / "run", server)
+    resumes(server, students["tied"])
 
 
-def test_a_hung_server_is_one_clear_error_and_never_has_a_wrong_version(torn, servers, students, tmp_path):
+def test_a_hung_server_is_one_clear_error_and_never_has_a_wrong_version(begin, resumes, servers, students):
     server = servers["tied"]
     at = At(2, server.suspend)
     try:
         with Proxy(server.url, meet=at) as proxy:
-            code, said = ended(torn(proxy.url, students["tied"]))
+            code, said = ended(begin(proxy.url, students["tied"]))
     finally:
         server.resume()
     assert at.happened.is_set()
@@ -416,10 +417,10 @@ def test_a_hung_server_is_one_clear_error_and_never_has_a_wrong_version(torn, se
     assert "no answer within" in said[0] and "sync.timeout_s" in said[0] and proxy.url in said[0]
     server.wait()
     assert http(server, "/model_info")["weight_version"] == "incomplete-1"
-    resumes(torn(server.url, students["tied"]), tmp_path / "run", server)
+    resumes(server, students["tied"])
 
 
-def test_a_killed_trainer_leaves_a_server_that_a_later_run_can_use(torn, servers, students, tmp_path):
+def test_a_killed_trainer_leaves_a_server_that_a_later_run_can_use(begin, resumes, servers, students):
     server = servers["tied"]
     trainer: list[subprocess.Popen[str]] = []
     killed = threading.Event()
@@ -431,17 +432,17 @@ def test_a_killed_trainer_leaves_a_server_that_a_later_run_can_use(torn, servers
         killed.set()
 
     with Proxy(server.url, meet=At(2, kill)) as proxy:
-        trainer.append(torn(proxy.url, students["tied"]))
+        trainer.append(begin(proxy.url, students["tied"]))
         trainer[0].communicate(timeout=120)
         assert killed.is_set()
     version = http(server, "/model_info")["weight_version"]
     assert version == "incomplete-1"
     body = {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 1}}
     assert http(server, "/generate", body)["meta_info"]["weight_version"] == version
-    resumes(torn(server.url, students["tied"]), tmp_path / "run", server)
+    resumes(server, students["tied"])
 
 
-def test_a_hung_rank_is_one_clear_error(torn, embedded, students):
+def test_a_hung_rank_is_one_clear_error(begin, embedded, students):
     """The second stage's sender, stopped before the servers are asked for its bucket."""
     trainer: list[subprocess.Popen[str]] = []
 
@@ -452,7 +453,7 @@ def test_a_hung_rank_is_one_clear_error(torn, embedded, students):
 
     at = At(1, stop, path="/begin_weight_update")
     with Proxy(embedded, meet=at) as proxy:
-        trainer.append(torn(proxy.url, students["untied"]))
+        trainer.append(begin(proxy.url, students["untied"]))
         code, said = ended(trainer[0])
     assert at.happened.is_set()
     assert code == 1 and len(said) == 1, said

@@ -41,7 +41,7 @@ def servers_of(config: dict[str, Any]) -> list[psutil.Process]:
 # ---- train
 
 
-def test_the_same_seed_gives_the_same_run_bit_for_bit(run, write, config, tmp_path):
+def test_the_same_seed_gives_the_same_run_bit_for_bit(run, write, train, config, tmp_path):
     path = write(config)
     first = run("train", path)
     assert first.returncode == 0, first.stderr
@@ -51,8 +51,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(run, write, config, tmp_pa
     for step in (1, 2):
         name = f"rollouts/step_{step:06d}.jsonl"
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-    other = run("train", path, f"run.output_dir={tmp_path / 'other'}", "run.seed=5", "run.steps=1")
-    assert other.returncode == 0, other.stderr
+    train(changed(config, run={"output_dir": str(tmp_path / "other"), "seed": 5, "steps": 1}))
     assert metrics(tmp_path / "other")[0] != metrics(tmp_path / "run")[0]
 
 
@@ -83,12 +82,14 @@ def test_a_run_leaves_what_the_contract_names_and_no_process(run, write, config,
     ],
     ids=["tp2", "tp2-pp2-sp"],
 )
-def test_nproc_starts_the_ranks_itself_and_gives_the_same_first_step(run, write, config, tmp_path, words):
-    path = write(changed(config, run={"steps": 1}))
-    assert run("train", path).returncode == 0
-    many = run("train", path, f"run.output_dir={tmp_path / 'many'}", *words)
+def test_nproc_starts_the_ranks_itself_and_gives_the_same_first_step(
+    run, write, train, config, tmp_path, words
+):
+    config = changed(config, run={"steps": 1})
+    (one,) = train(config)
+    many = run("train", write(config), f"run.output_dir={tmp_path / 'many'}", *words)
     assert many.returncode == 0, many.stderr
-    (one,), (several,) = metrics(tmp_path / "run"), metrics(tmp_path / "many")
+    (several,) = metrics(tmp_path / "many")
     for key in ("loss", "grad_norm", "accuracy", "nll_correct"):
         assert several[key] == pytest.approx(one[key], rel=1e-5), key
     # A difference of log-probs, here near 0: float32 holds it to about 1e-7 of the log-probs themselves.
@@ -96,19 +97,18 @@ def test_nproc_starts_the_ranks_itself_and_gives_the_same_first_step(run, write,
 
 
 @pytest.mark.parametrize(
-    "words",
+    "sections",
     [
-        (),
-        ("objective.name=opd",),
-        ("objective.name=grpo",),
-        ("objective.preset=official",),
-        ("train.updates_per_batch=2", "objective.ratio_clip=0.2"),
+        {},
+        {"objective": {"name": "opd"}},
+        {"objective": {"name": "grpo"}},
+        {"objective": {"preset": "official"}},
+        {"objective": {"ratio_clip": 0.2}, "train": {"updates_per_batch": 2}},
     ],
     ids=["scope", "opd", "grpo", "official", "two-updates"],
 )
-def test_each_method_lifts_a_weak_student(run, write, config, tmp_path, words):
-    result = run("train", write(learning(config)), *words)
-    assert result.returncode == 0, result.stderr
+def test_each_method_lifts_a_weak_student(train, config, tmp_path, sections):
+    train(changed(learning(config), **sections))
     assert accuracy_gain(tmp_path / "run") > LEAST_GAIN
 
 
@@ -126,10 +126,10 @@ def test_torchrun_gives_the_ranks(write, config, tmp_path):
     assert len(metrics(tmp_path / "run")) == 1
 
 
-def test_a_run_killed_in_mid_step_goes_on_to_the_same_numbers(run, write, config, tmp_path):
+def test_a_run_killed_in_mid_step_goes_on_to_the_same_numbers(run, write, train, config, tmp_path):
     config = changed(config, run={"steps": 5}, checkpoint={"every": 1})
     path = write(config)
-    assert run("train", path, f"run.output_dir={tmp_path / 'whole'}").returncode == 0
+    train(changed(config, run={"output_dir": str(tmp_path / "whole")}))
     process = start("train", path)
     assert process.stdout is not None
     for line in process.stdout:

@@ -10,7 +10,6 @@ from megatron_scope.rollout.embedded.options import ServeOptions
 from megatron_scope.rollout.process import EmbeddedServer
 from tests.helpers.proxy import Proxy
 from tests.helpers.settings import changed
-from tests.integration.conftest import metrics
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +33,11 @@ def shift_logprobs(path: str, answer: bytes) -> bytes:
     return json.dumps(body).encode()
 
 
-def test_servers_that_agree_pass_and_the_gap_is_a_metric(run, write, config, servers, tmp_path):
+def test_servers_that_agree_pass_and_the_gap_is_a_metric(train, config, servers):
     rollout = {"engine": "sglang", "servers": list(servers), "logprob_gap_limit": 1e-3}
-    result = run("train", write(changed(config, rollout=rollout)))
-    assert result.returncode == 0, result.stderr
-    for row in metrics(tmp_path / "run"):
+    rows = train(changed(config, rollout=rollout))
+    assert len(rows) == 2
+    for row in rows:
         assert row["parity_gap_mean"] <= row["parity_gap_max"] < 1e-4
         assert 0 <= row["parity_gap_kl"] < 1e-6
 
@@ -54,11 +53,9 @@ def test_a_server_that_is_off_is_named_before_the_first_step(run, write, config,
     assert not (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
-def test_without_a_limit_the_gap_is_only_told(run, write, config, servers, tmp_path):
+def test_without_a_limit_the_gap_is_only_told(train, config, servers):
     with Proxy(servers[1], change=shift_logprobs) as off:
         rollout = {"engine": "sglang", "servers": [off.url]}
-        result = run("train", write(changed(config, run={"steps": 1}, rollout=rollout)))
-    assert result.returncode == 0, result.stderr
-    (row,) = metrics(tmp_path / "run")
+        (row,) = train(changed(config, run={"steps": 1}, rollout=rollout))
     assert row["parity_gap_mean"] == pytest.approx(0.5, abs=1e-4)
     assert row["logprob_gap_mean"] == pytest.approx(0.5, abs=1e-4)

@@ -19,7 +19,8 @@ from megatron_scope.rollout.process import EmbeddedServer
 from tests.helpers.settings import changed
 from tests.integration.conftest import metrics, start
 
-ROLLOUT = {"prompts_per_step": 40, "samples_per_prompt": 8}
+# Scores are summed in the order of arrival where they come before all responses do: off, for equal numbers.
+ROLLOUT = {"prompts_per_step": 40, "samples_per_prompt": 8, "overlap_scoring": False}
 SMALL = 10  # requests that a server has at once when it is struck: it is in the middle of a step
 
 
@@ -61,13 +62,12 @@ def unharmed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
 def test_a_server_that_fails_in_mid_step_changes_nothing_of_the_run(
-    number: signal.Signals, run, write, config, models, tmp_path, unharmed
+    number: signal.Signals, train, write, config, models, tmp_path, unharmed
 ) -> None:
     settings = {**ROLLOUT, "health_interval_s": 1.0, "health_timeout_s": 15.0}
     embedded = changed(config, rollout=settings)
     if not unharmed:
-        result = run("train", write(embedded))
-        assert result.returncode == 0, result.stderr
+        train(embedded)
         unharmed["learnt"], unharmed["rows"] = learnt(tmp_path / "run"), rows(tmp_path / "run")
     with two_servers(models["student"], tmp_path) as servers:
         urls = [server.url for server in servers]
@@ -81,10 +81,11 @@ def test_a_server_that_fails_in_mid_step_changes_nothing_of_the_run(
             process.kill()
     assert process.returncode == 0, stderr
     assert f"warning: rollout server {urls[0]} is taken out: " in stderr
-    assert learnt(tmp_path / "on_two") == unharmed["learnt"]
+    for row, expected in zip(learnt(tmp_path / "on_two"), unharmed["learnt"], strict=True):
+        assert {key: (row[key], expected[key]) for key in row if row[key] != expected[key]} == {}
     found = rows(tmp_path / "on_two")
     assert [row for row, _ in found] == [row for row, _ in unharmed["rows"]]
-    # In other company a response's log-probs are rounded otherwise.
+    # A server of one request at a time decodes in blocks of another shape, which are rounded otherwise.
     for (_, logprobs), (_, expected) in zip(found, unharmed["rows"], strict=True):
         assert logprobs == pytest.approx(expected, abs=1e-5)
 

@@ -21,7 +21,6 @@ from megatron_scope.rollout.teacher import TeacherOptions
 from megatron_scope.rollout.teacher_pool import TeacherPool
 from megatron_scope.rollout.teacher_wire import ScoringRequest
 from tests.helpers.models import CHARACTERS, save_llama, save_qwen2
-from tests.helpers.ranks import RankPool
 from tests.helpers.rollouts import random_rows, write_rows
 from tests.helpers.rows import numbers
 from tests.helpers.settings import changed
@@ -70,13 +69,6 @@ def embedded(
         server.stop()
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPool]:
-    pool = RankPool(1)
-    yield pool
-    pool.close()
-
-
 @pytest.fixture
 def settings(folders: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
     rows = [
@@ -104,11 +96,11 @@ def served_by(settings: dict[str, Any], *urls: str, **teacher: Any) -> dict[str,
 
 
 def test_real_sglang_scores_every_token_as_the_teacher_on_the_ranks_does(
-    ranks, folders, sglang_servers, settings
+    pool, folders, sglang_servers, settings
 ) -> None:
     url = sglang_servers.shared(folders["teacher"]).url
     on_ranks = changed(settings, teacher={"hf": str(folders["teacher"])})
-    expected = ranks.run("tests.helpers.jobs:token_logprobs", on_ranks)[0]["teacher"]
+    expected = pool(1).run("tests.helpers.jobs:token_logprobs", on_ranks)[0]["teacher"]
     rows = random_rows(num_prompts=6, num_samples=4, vocab_size=VOCAB, seed=1)
     requests = [
         ScoringRequest(str(index), tuple(row["prompt_ids"]), tuple(row["output_ids"]))
@@ -116,18 +108,18 @@ def test_real_sglang_scores_every_token_as_the_teacher_on_the_ranks_does(
     ]
 
     async def score() -> list[np.ndarray]:
-        pool = TeacherPool([url], TeacherOptions(60.0, 60.0, 64, 4, 0.05))
+        teacher = TeacherPool([url], TeacherOptions(60.0, 60.0, 64, 4, 0.05))
         try:
-            (facts,) = await pool.connect()
+            (facts,) = await teacher.connect()
             assert facts.vocab_rows == VOCAB and facts.max_input_tokens is not None
-            assert await pool.servers[0].texts_of(range(VOCAB)) == list(CHARACTERS)
-            await pool.compare([facts], VOCAB)
+            assert await teacher.servers[0].texts_of(range(VOCAB)) == list(CHARACTERS)
+            await teacher.compare([facts], VOCAB)
             # As long as it may be, and the longest that the server says it takes.
             longest = ScoringRequest("longest", (1,), (2,) * (facts.max_input_tokens - 1))
-            assert len(await pool.score(longest)) == facts.max_input_tokens - 1
-            return await asyncio.gather(*map(pool.score, requests))
+            assert len(await teacher.score(longest)) == facts.max_input_tokens - 1
+            return await asyncio.gather(*map(teacher.score, requests))
         finally:
-            await pool.close()
+            await teacher.close()
 
     scores = asyncio.run(score())
     assert len(scores) == len(expected) == 24
@@ -137,7 +129,7 @@ def test_real_sglang_scores_every_token_as_the_teacher_on_the_ranks_does(
 
 @pytest.mark.parametrize("objective", ["scope", "opd"])
 def test_a_step_with_real_sglang_is_that_of_the_teacher_on_the_ranks(
-    ranks, folders, sglang_servers, settings, tmp_path, objective
+    train, folders, sglang_servers, settings, tmp_path, objective
 ) -> None:
     settings = changed(settings, run={"steps": 2}, objective={"name": objective})
     on_ranks = changed(
@@ -146,8 +138,7 @@ def test_a_step_with_real_sglang_is_that_of_the_teacher_on_the_ranks(
         teacher={"hf": str(folders["teacher"])},
     )
     served = served_by(settings, sglang_servers.shared(folders["teacher"]).url)
-    train = "tests.helpers.jobs:train"
-    expected, found = (ranks.run(train, each)[0] for each in (on_ranks, served))
+    expected, found = train(on_ranks), train(served)
     for row, other in zip(found, expected, strict=True):
         assert numbers(row) == pytest.approx(numbers(other), rel=1e-4, abs=1e-4, nan_ok=True)
 
@@ -156,12 +147,11 @@ def test_a_step_with_real_sglang_is_that_of_the_teacher_on_the_ranks(
 
 
 def test_a_step_whose_teacher_is_killed_is_finished_by_another_of_its_servers(
-    folders, sglang_servers, embedded, settings, write, run, tmp_path
+    folders, sglang_servers, embedded, settings, write, train, tmp_path
 ) -> None:
     lasting = embedded("teacher").url
     undisturbed = changed(served_by(settings, lasting), run={"output_dir": str(tmp_path / "undisturbed")})
-    result = run("train", write(undisturbed))
-    assert result.returncode == 0, result.stderr
+    train(undisturbed)
     with sglang_servers.own(folders["teacher"]) as mortal:
         disturbed = served_by(settings, mortal.url, lasting)
         process = start("train", write(disturbed))
@@ -179,7 +169,7 @@ def test_a_step_whose_teacher_is_killed_is_finished_by_another_of_its_servers(
 
 
 def test_a_run_whose_only_teacher_is_killed_ends_in_one_error_and_goes_on_with_another(
-    embedded, settings, write, run, tmp_path
+    embedded, settings, write, train, tmp_path
 ) -> None:
     settings = changed(settings, checkpoint={"every": 1})
     mortal = embedded("teacher", fresh=True)
@@ -196,9 +186,8 @@ def test_a_run_whose_only_teacher_is_killed_ends_in_one_error_and_goes_on_with_a
     done = len(metrics(tmp_path / "run"))
     assert 2 <= done < STEPS
     again = served_by(settings, embedded("teacher").url)
-    result = run("train", write(changed(again, run={"steps": done + 1})), "--resume", "auto")
-    assert result.returncode == 0, result.stderr
-    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, done + 2))
+    rows = train(changed(again, run={"steps": done + 1}))
+    assert [row["step"] for row in rows] == list(range(1, done + 2))
 
 
 def _wait_for_steps(process: subprocess.Popen[str], folder: Path, count: int) -> None:

@@ -131,7 +131,8 @@ def test_workers_that_cannot_start_give_errors_not_a_hang(judge, tmp_path):
     assert verdict == Verdict(False, None, "no verifier process stays alive; see the log of this run")
 
 
-def test_many_deaths_lose_no_answer(judge):
+def test_many_deaths_lose_no_answer(judge, monkeypatch):
+    monkeypatch.setattr(pool_module, "STALL_S", 15.0)  # a job that was forgotten comes again before LIMIT_S
     with VerifierPool(2, 10.0, judge=judge) as pool:
         futures = []
         for _ in range(4):
