@@ -62,7 +62,8 @@ def step_metrics(
     summed variance of the gradient whose norm is `grad_norm_incorrect`. The `parity_gap` is that of the gate
     before the step, over a few tokens of every server; the `logprob_gap` is over the step's own.
     `scoring_hidden_share` is the share of scoring time that fell before the last response was there. Only
-    times and what follows from them vary by run.
+    times and what follows from them vary by run, and last digits where rollout.overlap_scoring sums scores in
+    the order of arrival.
     """
     stats = update.stats
     paths = update.path_gradients

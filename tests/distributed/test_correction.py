@@ -14,7 +14,7 @@ from megatron_scope.errors import DataError, ParityError
 from tests.helpers import oracles
 from tests.helpers.models import CHARACTERS, read_weights, save_llama, save_qwen2
 from tests.helpers.rollouts import random_rows, write_rows
-from tests.helpers.settings import changed
+from tests.helpers.settings import changed, replayed
 
 VOCAB = len(CHARACTERS)
 TEMPERATURE = 0.7
@@ -54,24 +54,8 @@ def rows(models: tuple[Path, Path]) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def settings(models: tuple[Path, Path], rows: list[dict[str, Any]], tmp_path: Path) -> dict[str, Any]:
-    return {
-        "run": {
-            "output_dir": str(tmp_path / "run"),
-            "steps": 1,
-            "dump_gradients": str(tmp_path / "gradient.safetensors"),
-        },
-        "student": {"hf": str(models[0])},
-        "teacher": {"hf": str(models[1])},
-        "rollout": {
-            "engine": "replay",
-            "file": str(write_rows(tmp_path / "rows.jsonl", rows)),
-            "temperature": TEMPERATURE,
-            "correction": "truncated_importance",
-            "correction_cap": CAP,
-        },
-        "train": {"precision": "float32", "micro_batch_tokens": 64},
-        "checkpoint": {"every": 0},
-    }
+    settings = replayed(tmp_path, *models, rows, temperature=TEMPERATURE)
+    return changed(settings, rollout={"correction": "truncated_importance", "correction_cap": CAP})
 
 
 def batch_of(

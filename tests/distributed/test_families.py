@@ -25,7 +25,8 @@ from tests.helpers.models import (
     save_qwen3,
     save_qwen3_moe,
 )
-from tests.helpers.rollouts import random_rows, write_rows
+from tests.helpers.rollouts import random_rows
+from tests.helpers.settings import replayed
 
 VOCAB = 40  # ids that student and teacher share
 ROWS = random_rows(num_prompts=3, num_samples=4, vocab_size=VOCAB, seed=7)
@@ -101,30 +102,10 @@ def expected(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     return found
 
 
-@pytest.fixture
-def settings(folders: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
-    return {
-        "run": {
-            "output_dir": str(tmp_path / "run"),
-            "steps": 1,
-            "dump_gradients": str(tmp_path / "gradient.safetensors"),
-        },
-        "teacher": {"hf": str(folders["teacher"])},
-        "rollout": {
-            "engine": "replay",
-            "file": str(write_rows(tmp_path / "rows.jsonl", ROWS)),
-            "temperature": 1.0,
-        },
-        "train": {"precision": "float32", "micro_batch_tokens": 64},
-        "optimizer": {"lr": 1e-3},
-        "checkpoint": {"every": 0},
-    }
-
-
 @pytest.mark.parametrize(("student", "layout"), PAIRS)
-def test_the_full_gradient_equals_transformers(pool, folders, settings, expected, tmp_path, student, layout):
+def test_the_full_gradient_equals_transformers(pool, folders, expected, tmp_path, student, layout):
     num_ranks, parallel = LAYOUTS[layout]
-    settings |= {"student": {"hf": str(folders[student])}, "parallel": parallel}
+    settings = replayed(tmp_path, folders[student], folders["teacher"], ROWS) | {"parallel": parallel}
     (row,) = pool(num_ranks).run("tests.helpers.jobs:train", settings)[0]
     gradient = expected[student]["gradient"]
     found = load_file(tmp_path / "gradient.safetensors")

@@ -17,7 +17,8 @@ from megatron_scope.errors import ConfigError
 from tests.helpers import oracles
 from tests.helpers.models import read_weights, save_llama, save_mixtral, save_qwen3_moe
 from tests.helpers.rollouts import random_rows, write_rows
-from tests.helpers.settings import changed
+from tests.helpers.rows import without_times
+from tests.helpers.settings import changed, replayed_steps
 
 TRAIN = "tests.helpers.jobs:train"
 LOGPROBS = "tests.helpers.jobs:token_logprobs"
@@ -46,28 +47,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def settings(models: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
     """Two of four replayed steps."""
-    rows = [
-        row
-        for step in range(1, 5)
-        for row in random_rows(num_prompts=3, num_samples=4, vocab_size=VOCAB, seed=step, step=step)
-    ]
-    return {
-        "run": {"output_dir": str(tmp_path / "run"), "steps": 2},
-        "student": {"hf": str(models["student"])},
-        "teacher": {"hf": str(models["teacher"])},
-        "rollout": {
-            "engine": "replay",
-            "file": str(write_rows(tmp_path / "rows.jsonl", rows)),
-            "temperature": 1.0,
-        },
-        "train": {"precision": "float32", "micro_batch_tokens": 40},
-        "optimizer": {"lr": 1e-3},
-        "checkpoint": {"every": 0},
-    }
-
-
-def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+    settings = replayed_steps(
+        tmp_path, models["student"], models["teacher"], num_recorded=4, vocab_size=VOCAB
+    )
+    return changed(settings, run={"steps": 2})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

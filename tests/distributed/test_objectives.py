@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tests.helpers import oracles
 from tests.helpers.models import CHARACTERS, read_weights, save_llama, save_qwen2
 from tests.helpers.rollouts import random_rows, write_rows
-from tests.helpers.settings import changed
+from tests.helpers.settings import changed, replayed
 
 VOCAB = len(CHARACTERS)
 ROWS = random_rows(num_prompts=6, num_samples=4, vocab_size=VOCAB, seed=5)
@@ -58,23 +58,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def settings(models: tuple[Path, Path], tmp_path: Path) -> dict[str, Any]:
-    return {
-        "run": {
-            "output_dir": str(tmp_path / "run"),
-            "steps": 1,
-            "dump_gradients": str(tmp_path / "gradient.safetensors"),
-        },
-        "student": {"hf": str(models[0])},
-        "teacher": {"hf": str(models[1])},
-        "rollout": {
-            "engine": "replay",
-            "file": str(write_rows(tmp_path / "rows.jsonl", ROWS)),
-            "temperature": 0.7,
-        },
-        "train": {"precision": "float32", "micro_batch_tokens": 64},
-        "optimizer": {"lr": 1e-3},
-        "checkpoint": {"every": 0},
-    }
+    return replayed(tmp_path, *models, ROWS, temperature=0.7)
 
 
 def batch_of(

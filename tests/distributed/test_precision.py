@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers.models import read_weights, save_qwen2, save_qwen3
-from tests.helpers.rollouts import random_rows, write_rows
+from tests.helpers.rollouts import write_rows
+from tests.helpers.rows import without_times
+from tests.helpers.settings import changed, replayed_steps
 
 TRAIN = "tests.helpers.jobs:train"
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -33,23 +35,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def scope_settings(models: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
     """SCOPE on six replayed steps in bfloat16."""
-    steps = range(1, 7)
-    rows = [
-        row for n in steps for row in random_rows(num_prompts=3, num_samples=4, vocab_size=40, seed=n, step=n)
-    ]
-    return {
-        "run": {"output_dir": str(tmp_path / "run"), "steps": 6},
-        "student": {"hf": str(models["student"])},
-        "teacher": {"hf": str(models["teacher"])},
-        "rollout": {
-            "engine": "replay",
-            "file": str(write_rows(tmp_path / "rows.jsonl", rows)),
-            "temperature": 1.0,
-        },
-        "train": {"precision": "bfloat16", "micro_batch_tokens": 40},
-        "optimizer": {"lr": 1e-3},
-        "checkpoint": {"every": 0},
-    }
+    settings = replayed_steps(tmp_path, models["student"], models["teacher"], num_recorded=6, vocab_size=40)
+    return changed(settings, run={"steps": 6}, train={"precision": "bfloat16"})
 
 
 def sft_settings(student: Path, folder: Path, precision: str) -> dict[str, Any]:
@@ -64,10 +51,6 @@ def sft_settings(student: Path, folder: Path, precision: str) -> dict[str, Any]:
         "optimizer": {"lr": 1e-2},
         "checkpoint": {"every": 0},
     }
-
-
-def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
 
 
 # ---- bfloat16 with float32 master weights

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from megatron_scope.errors import CheckpointError, ConfigError, DataError, RolloutError, ScoringError
 from tests.helpers.models import read_weights, save_qwen2, save_tokenizer
 from tests.helpers.rollouts import random_rows, write_rows
-from tests.helpers.settings import changed
+from tests.helpers.rows import without_times
+from tests.helpers.settings import changed, replayed_steps
 
 NUMBERS = [
     *("loss", "nll_correct", "kl_incorrect", "grad_norm", "accuracy", "student_ppl_correct"),
@@ -35,28 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture
 def settings(models: tuple[Path, Path], tmp_path: Path) -> dict[str, Any]:
     """Two of six replayed steps."""
-    rows = [
-        row
-        for step in range(1, 7)
-        for row in random_rows(num_prompts=3, num_samples=4, vocab_size=40, seed=step, step=step)
-    ]
-    return {
-        "run": {"output_dir": str(tmp_path / "run"), "steps": 2},
-        "student": {"hf": str(models[0])},
-        "teacher": {"hf": str(models[1])},
-        "rollout": {
-            "engine": "replay",
-            "file": str(write_rows(tmp_path / "rows.jsonl", rows)),
-            "temperature": 1.0,
-        },
-        "train": {"precision": "float32", "micro_batch_tokens": 40},
-        "optimizer": {"lr": 1e-3},
-        "checkpoint": {"every": 0},
-    }
-
-
-def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+    return changed(replayed_steps(tmp_path, *models, num_recorded=6, vocab_size=40), run={"steps": 2})
 
 
 # ---- checkpoints

@@ -37,6 +37,26 @@ def layout(parallel: ParallelConfig) -> Iterator[Any]:
         setup.shutdown()
 
 
+def frozen_stage(hf: str, ranks: Any) -> Any:
+    """This rank's part of a model that is not trained, in float32."""
+    from megatron_scope.backend.model import build
+    from megatron_scope.config.schema import TrainConfig
+    from megatron_scope.convert.hf_folder import HfFolder
+    from megatron_scope.convert.shape import padded_vocab_size
+
+    source = HfFolder(hf)
+    return build(
+        source,
+        ranks,
+        TrainConfig(precision=Precision.FLOAT32),
+        padded_vocab=padded_vocab_size(source.shape.vocab_rows, ranks.tensor_size),
+        vocab_size=source.shape.vocab_rows,
+        sequence_parallel=False,
+        pipeline_layers=None,
+        trainable=False,
+    )
+
+
 def train(settings: dict[str, Any], resume: bool = False) -> list[dict[str, Any]]:
     """Trains as the config says and returns the rows of metrics.jsonl."""
     from megatron_scope.trainer import Trainer
@@ -141,26 +161,12 @@ def response_logprobs(
     hf: str, sequences: list[tuple[tuple[int, ...], tuple[int, ...]]], temperature: float
 ) -> list[np.ndarray]:
     """A model's log-probs of each (prompt ids, response ids), as a step's score stage has them."""
-    from megatron_scope.backend.model import build
     from megatron_scope.backend.scoring import score
-    from megatron_scope.config.schema import TrainConfig
-    from megatron_scope.convert.hf_folder import HfFolder
-    from megatron_scope.convert.shape import padded_vocab_size
     from megatron_scope.data.batching import pack
     from megatron_scope.records import Response
 
     with layout(ParallelConfig()) as ranks:
-        source = HfFolder(hf)
-        stage = build(
-            source,
-            ranks,
-            TrainConfig(precision=Precision.FLOAT32),
-            padded_vocab=padded_vocab_size(source.shape.vocab_rows, ranks.tensor_size),
-            vocab_size=source.shape.vocab_rows,
-            sequence_parallel=False,
-            pipeline_layers=None,
-            trainable=False,
-        )
+        stage = frozen_stage(hf, ranks)
         responses = [
             Response(
                 index=index,
@@ -191,23 +197,8 @@ def load_with_megatron(hf: str, megatron: str, parallel: dict[str, Any]) -> list
     """
     from megatron.core import dist_checkpointing
 
-    from megatron_scope.backend.model import build
-    from megatron_scope.config.schema import TrainConfig
-    from megatron_scope.convert.hf_folder import HfFolder
-    from megatron_scope.convert.shape import padded_vocab_size
-
     with layout(ParallelConfig(**parallel)) as ranks:
-        source = HfFolder(hf)
-        stage = build(
-            source,
-            ranks,
-            TrainConfig(precision=Precision.FLOAT32),
-            padded_vocab=padded_vocab_size(source.shape.vocab_rows, ranks.tensor_size),
-            vocab_size=source.shape.vocab_rows,
-            sequence_parallel=False,
-            pipeline_layers=None,
-            trainable=False,
-        )
+        stage = frozen_stage(hf, ranks)
         expected = {name: value.clone() for name, value in stage.module.named_parameters()}
         for value in stage.module.parameters():
             value.fill_(float("nan"))

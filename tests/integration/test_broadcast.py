@@ -23,6 +23,7 @@ from megatron_scope.rollout.embedded.options import ServeOptions
 from megatron_scope.rollout.process import EmbeddedServer
 from tests.helpers.models import save_qwen2, save_qwen3, save_qwen3_moe
 from tests.helpers.proxy import Proxy
+from tests.helpers.rows import without_times
 from tests.helpers.settings import changed
 from tests.helpers.sglang import SglangServer, SglangServers
 from tests.integration.conftest import start
@@ -254,10 +255,6 @@ def test_servers_that_come_and_go_get_a_group_of_their_own(pool, settings, embed
 def version_of(url: str) -> str:
     with urllib.request.urlopen(f"{url}/model_info", timeout=60) as response:
         return json.loads(response.read())["weight_version"]
-
-
-def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
 
 
 def rollouts(run: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ MODEL = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 CLIENT = ClientOptions(
     request_timeout_s=300, control_timeout_s=5, probe_timeout_s=0.3, num_retries=1, first_delay_s=0.01
 )
+# Where nothing hangs, and a busy machine must not be taken for a server that does.
+PATIENT = dataclasses.replace(CLIENT, probe_timeout_s=60)
 OPTIONS = PoolOptions(max_concurrent=4, health_interval_s=0.05, start_timeout_s=10)
 
 

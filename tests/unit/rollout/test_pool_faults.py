@@ -16,6 +16,7 @@ from megatron_scope.records import Rollout
 from tests.unit.rollout.pool_server import (
     CLIENT,
     OPTIONS,
+    PATIENT,
     Collected,
     PoolServer,
     Stage,
@@ -48,7 +49,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 def test_a_server_that_dies_in_mid_step_loses_no_sample(capsys: pytest.CaptureFixture[str]) -> None:
     async def run() -> str:
-        async with staged(PoolServer(delay_s=0.05), PoolServer(delay_s=0.05)) as stage:
+        async with staged(PoolServer(delay_s=0.05), PoolServer(delay_s=0.05), client=PATIENT) as stage:
             dying, other = stage.servers
             await with_fault(stage, dying.kill)
             assert len(other.asked) > len(REQUESTS) / 2
@@ -239,7 +240,7 @@ def test_a_known_end_of_the_servers_is_told_without_waiting() -> None:
 
 def test_a_dead_server_misses_a_version_and_is_in_with_the_next(capsys: pytest.CaptureFixture[str]) -> None:
     async def run() -> None:
-        async with staged(PoolServer(), PoolServer()) as stage:
+        async with staged(PoolServer(), PoolServer(), client=PATIENT) as stage:
             dead, other = stage.servers
             await dead.kill()
             await stage.publish(2)
