@@ -19,10 +19,10 @@ from megatron_scope.controller.arrivals import Arrive, Produce
 from megatron_scope.data.tokenizer import check_same_tokens, load_tokenizer
 from megatron_scope.errors import ConfigError, ScoringError
 from megatron_scope.records import JudgedRollout, Rollout, SequenceLimits
-from megatron_scope.rollout.teacher import ServerFacts, TeacherOptions, TeacherServer
-from megatron_scope.rollout.teacher_pool import TeacherPool
-from megatron_scope.rollout.teacher_wire import NoAnswer, ScoringRequest
 from megatron_scope.task_groups import first_failure
+from megatron_scope.teacher.pool import TeacherPool
+from megatron_scope.teacher.server import ServerFacts, TeacherOptions, TeacherServer
+from megatron_scope.teacher.wire import NoAnswer, ScoringRequest
 
 TEXTS_AT_A_TIME = 8192  # tokens of the vocabulary whose text is asked for in one request
 

@@ -11,11 +11,9 @@ import itertools
 import json
 from typing import Any
 
-import aiohttp
-
 from megatron_scope.errors import RolloutError, ScopeError, SyncError
 from megatron_scope.records import Rollout, SamplingParams
-from megatron_scope.rollout.http import CONNECTION_FAILURES, HttpServer
+from megatron_scope.rollout.http import CONNECTION_FAILURES, FAILURES, HttpServer, InvalidURL
 from megatron_scope.rollout.wire import (
     RolloutRequest,
     as_object,
@@ -109,7 +107,7 @@ class ServerClient:
             status, _ = await self._http.send("GET", "/health", limit_s=limit_s)
         except TimeoutError:
             return Unhealthy(f"no answer to GET /health within {limit_s:g} s", silent=True)
-        except (aiohttp.ClientError, OSError) as error:
+        except FAILURES as error:
             return Unhealthy(self._http.clean(error), silent=False)
         return None if status == 200 else Unhealthy(f"HTTP {status}", silent=False)
 
@@ -256,11 +254,11 @@ class ServerClient:
             raise (TimedOut if failure is RolloutError else failure)(
                 f"{where}: no answer within {limit_s:g} s; look at the server, or raise {setting}"
             ) from error
-        except aiohttp.InvalidURL as error:
+        except InvalidURL as error:
             raise failure(f"{where}: not a URL; expected http://HOST:PORT: mend rollout.servers") from error
         except CONNECTION_FAILURES:
             raise  # the caller tries again
-        except aiohttp.ClientError as error:
+        except FAILURES as error:
             raise failure(
                 f"{where}: no HTTP answer ({self._http.clean(error)}); is this an SGLang server?"
             ) from error

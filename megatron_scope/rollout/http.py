@@ -14,8 +14,10 @@ from megatron_scope.rollout.wire import one_line
 
 # Below the 5 s after which SGLang's HTTP server closes an idle connection, so that few are met closed.
 KEEP_ALIVE_S = 2.0
-# What a connection fails with, as opposed to an answer or a time limit.
+# What `send` raises beside TimeoutError: anything, what a connection fails with, and what no URL is.
+FAILURES = (aiohttp.ClientError, OSError)
 CONNECTION_FAILURES = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError)
+InvalidURL = aiohttp.InvalidURL
 
 
 class HttpServer:
@@ -43,7 +45,7 @@ class HttpServer:
         limit_s: float,
         once: bool = False,
     ) -> tuple[int, bytes]:
-        """Status and body of the answer; TimeoutError, aiohttp.ClientError or OSError where there is none.
+        """Status and body of the answer; TimeoutError or one of FAILURES where there is none.
 
         A connection from an earlier exchange may have been closed by the server meanwhile, which says nothing
         about the server: the request is sent again at once, in the end on a new connection. A `body` that is

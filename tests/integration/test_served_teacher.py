@@ -17,9 +17,9 @@ import pytest
 
 from megatron_scope.rollout.embedded.options import ServeOptions
 from megatron_scope.rollout.process import EmbeddedServer
-from megatron_scope.rollout.teacher import TeacherOptions
-from megatron_scope.rollout.teacher_pool import TeacherPool
-from megatron_scope.rollout.teacher_wire import ScoringRequest
+from megatron_scope.teacher.pool import TeacherPool
+from megatron_scope.teacher.server import TeacherOptions
+from megatron_scope.teacher.wire import ScoringRequest
 from tests.helpers.models import CHARACTERS, save_llama, save_qwen2
 from tests.helpers.rollouts import random_rows, write_rows
 from tests.helpers.rows import numbers

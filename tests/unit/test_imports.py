@@ -28,6 +28,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # The stages do not know each other; the trainer hands one's results to the next.
     "data": (*_BASE, "config"),
     "rollout": (*_BASE, "config", "data.jsonl", "weight_group", "task_groups"),
+    "teacher": (*_BASE, "rollout.http", "rollout.wire"),  # asked over HTTP as a rollout server is
     "verify": (*_BASE, "config", "data.jsonl"),
     "objective": (*_BASE, "config", "data.jsonl", "kernels"),
     # A token loss is called with TokenTerms: the shape of the hook, which its two sides must share.
@@ -44,7 +45,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "sync": (*_BASE, "config", "data.jsonl", "convert", "task_groups"),
     "evaluate": (*_BASE, "config", "data.jsonl"),
     # What joins stages.
-    "controller": (*_BASE, "config", "data", "rollout", "sync", "verify", "task_groups"),
+    "controller": (*_BASE, "config", "data", "rollout", "sync", "teacher", "verify", "task_groups"),
     "publishing": (
         *(*_BASE, "config", "backend", "controller", "convert", "run_folder", "sync", "weight_group"),
     ),

@@ -21,7 +21,7 @@ from megatron_scope.records import JudgedRollout, SequenceLimits
 from tests.helpers.models import CHARACTERS, save_qwen2, save_tokenizer
 from tests.unit.controller.judged import judged
 from tests.unit.rollout.fake_server import dropping, hanging
-from tests.unit.rollout.fake_teacher import FakeTeacher, error_of, expected, request, run
+from tests.unit.teacher.fake_teacher import FakeTeacher, error_of, expected, request, run
 
 VOCAB_SIZE = len(CHARACTERS)
 

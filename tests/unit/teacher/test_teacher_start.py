@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_scope.errors import ConfigError, ScopeError, ScoringError
-from megatron_scope.rollout.teacher_pool import TeacherPool
-from tests.unit.rollout.fake_teacher import (
+from megatron_scope.teacher.pool import TeacherPool
+from tests.unit.teacher.fake_teacher import (
     VOCAB_SIZE,
     FakeTeacher,
     answering,

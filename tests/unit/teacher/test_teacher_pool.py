@@ -13,10 +13,10 @@ import pytest
 from aiohttp import web
 
 from megatron_scope.errors import ScoringError
-from megatron_scope.rollout.teacher_pool import MAX_FAILURES, TeacherPool
-from megatron_scope.rollout.teacher_wire import ScoringRequest
+from megatron_scope.teacher.pool import MAX_FAILURES, TeacherPool
+from megatron_scope.teacher.wire import ScoringRequest
 from tests.unit.rollout.fake_server import dropping, hanging
-from tests.unit.rollout.fake_teacher import (
+from tests.unit.teacher.fake_teacher import (
     VOCAB_SIZE,
     FakeTeacher,
     answering,

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from megatron_scope.errors import ScoringError
-from megatron_scope.rollout.teacher_wire import NoAnswer, parse_scores, scoring_body
-from tests.unit.rollout.fake_teacher import VOCAB_SIZE, answer, expected, request
+from megatron_scope.teacher.wire import NoAnswer, parse_scores, scoring_body
+from tests.unit.teacher.fake_teacher import VOCAB_SIZE, answer, expected, request
 
 TWO = [request(0), request(1, prompt=[6], targets=[7])]
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from megatron_scope.errors import ConfigError, ScopeError, ScoringError
-from megatron_scope.rollout.teacher import ServerFacts, TeacherOptions, TeacherServer
-from megatron_scope.rollout.teacher_wire import NoAnswer, ScoringRequest
+from megatron_scope.teacher.server import ServerFacts, TeacherOptions, TeacherServer
+from megatron_scope.teacher.wire import NoAnswer, ScoringRequest
 
 CANARY_TOKENS = 64
 MAX_FAILURES = 5  # of one response's requests: more, and it may be the response that ends the servers

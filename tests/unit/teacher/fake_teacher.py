@@ -16,9 +16,9 @@ import pytest
 from aiohttp import web
 
 from megatron_scope.errors import ScopeError
-from megatron_scope.rollout.teacher import TeacherOptions
-from megatron_scope.rollout.teacher_pool import TeacherPool
-from megatron_scope.rollout.teacher_wire import ScoringRequest
+from megatron_scope.teacher.pool import TeacherPool
+from megatron_scope.teacher.server import TeacherOptions
+from megatron_scope.teacher.wire import ScoringRequest
 
 OPTIONS = TeacherOptions(
     start_timeout_s=0.5,

@@ -1,4 +1,4 @@
-"""One server of a teacher over HTTP, SGLang or the embedded one."""
+"""One server of a teacher over HTTP."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy as np
 
 from megatron_scope.errors import ConfigError, ScoringError
-from megatron_scope.rollout.http import HttpServer
-from megatron_scope.rollout.teacher_wire import NoAnswer, ScoringRequest, parse_scores, scoring_body
+from megatron_scope.rollout.http import FAILURES, HttpServer, InvalidURL
 from megatron_scope.rollout.wire import as_object, one_line
+from megatron_scope.teacher.wire import NoAnswer, ScoringRequest, parse_scores, scoring_body
 
 HEALTH_POLL_S = 0.2
 CONTROL_TIMEOUT_S = 60.0  # for what needs no model
@@ -152,9 +151,9 @@ class TeacherServer:
             status, answer = await self._http.send(method, path, body, limit_s=timeout_s, once=True)
         except TimeoutError:
             raise NoAnswer(f"{where}: no answer within {timeout_s:g} s", timed_out=True) from None
-        except aiohttp.InvalidURL:
+        except InvalidURL:
             raise ConfigError(f"{where}: not a URL; expected http://HOST:PORT: mend teacher.server") from None
-        except (aiohttp.ClientError, OSError) as error:
+        except FAILURES as error:
             raise NoAnswer(f"{where}: {self._http.clean(error)}") from None
         if status == 401:
             raise ConfigError(f"{where}: HTTP 401, the API key is missing or wrong; mend teacher.api_key_env")

@@ -1,0 +1,1 @@
+"""A teacher behind servers, SGLang or the embedded one: log-probs of given responses."""
