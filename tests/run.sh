@@ -12,8 +12,8 @@ export TOKENIZERS_PARALLELISM=false
 if [[ $# -eq 0 ]]; then
     # Two files of tests side by side: most wait for a server, or for processes that start.
     set -- -n 2 --dist loadfile --no-loadscope-reorder
-    # SGLang's environment is made while the first tests run; those that need it wait for it.
-    python tools/install_sglang_cpu.py >/dev/null 2>&1 &
+    # SGLang's environment is made while the first tests run, behind them; those that need it wait for it.
+    nice python tools/install_sglang_cpu.py >/dev/null 2>&1 &
 fi
 
 ruff check .

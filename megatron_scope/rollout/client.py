@@ -108,7 +108,7 @@ class ServerClient:
         except TimeoutError:
             return Unhealthy(f"no answer to GET /health within {limit_s:g} s", silent=True)
         except FAILURES as error:
-            return Unhealthy(self._http.clean(error), silent=False)
+            return Unhealthy(self._http.reason(error), silent=False)
         return None if status == 200 else Unhealthy(f"HTTP {status}", silent=False)
 
     async def wait_healthy(self, timeout_s: float) -> None:
@@ -182,7 +182,7 @@ class ServerClient:
             answer = await self._exchange("POST", path, body, SyncError, limit_s=limit_s, once=True)
         except CONNECTION_FAILURES as error:
             raise SyncError(
-                f"{self._at(path)}: the connection broke ({self._http.clean(error)}); is the server up?"
+                f"{self._at(path)}: the connection broke ({self._http.reason(error)}); is the server up?"
             ) from error
         return as_object(answer, self._at(path), SyncError)
 
@@ -228,7 +228,7 @@ class ServerClient:
                 if attempt >= num_retries:
                     tries = f" after {attempt + 1} attempts" if num_retries else ""
                     raise _of_server(failure)(
-                        f"{self._at(path)}: no connection{tries} ({self._http.clean(error)}); is the server "
+                        f"{self._at(path)}: no connection{tries} ({self._http.reason(error)}); is the server "
                         "up, and is rollout.servers right?"
                     ) from error
             await asyncio.sleep(delay)
@@ -260,7 +260,7 @@ class ServerClient:
             raise  # the caller tries again
         except FAILURES as error:
             raise failure(
-                f"{where}: no HTTP answer ({self._http.clean(error)}); is this an SGLang server?"
+                f"{where}: no HTTP answer ({self._http.reason(error)}); is this an SGLang server?"
             ) from error
         if status == 401:
             raise failure(f"{where}: HTTP 401, the API key is missing or wrong; mend rollout.api_key_env")
@@ -272,7 +272,7 @@ class ServerClient:
         try:
             return json.loads(answer)
         except ValueError as error:
-            text = self._http.clean(answer.decode(errors="replace"))
+            text = self._http.text(answer)
             raise failure(f"{where}: the answer is not JSON: {text!r}; is this an SGLang server?") from error
 
 

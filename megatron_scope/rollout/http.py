@@ -69,22 +69,26 @@ class HttpServer:
                     if once or connection.has_answered or not connection.is_reused:
                         raise
 
-    def clean(self, message: object) -> str:
-        """`message` (an exception by its type where it says nothing) on one line, without the key."""
-        text = one_line(message) or type(message).__name__
-        return text if not self._api_key else text.replace(self._api_key, "***")
+    def reason(self, error: BaseException) -> str:
+        """What an exception says, or else its type."""
+        return self.text(str(error)) or type(error).__name__
+
+    def text(self, told: str | bytes) -> str:
+        """What was told, on one line and without the key."""
+        line = one_line(told if isinstance(told, str) else told.decode(errors="replace"))
+        return line if not self._api_key else line.replace(self._api_key, "***")
 
     def message(self, answer: bytes) -> str:
         """What the body of an error says: SGLang writes error.message, error, or message."""
-        text = answer.decode(errors="replace")
+        told: object = answer
         try:
             body = json.loads(answer)
         except ValueError:
             body = None
         if isinstance(body, dict):
-            error = body.get("error", body.get("message", text))
-            text = str(error.get("message", error) if isinstance(error, dict) else error)
-        return self.clean(text)
+            told = body.get("error", body.get("message", answer))
+            told = told.get("message", told) if isinstance(told, dict) else told
+        return self.text(told if isinstance(told, bytes) else str(told))
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:

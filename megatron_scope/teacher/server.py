@@ -154,7 +154,7 @@ class TeacherServer:
         except InvalidURL:
             raise ConfigError(f"{where}: not a URL; expected http://HOST:PORT: mend teacher.server") from None
         except FAILURES as error:
-            raise NoAnswer(f"{where}: {self._http.clean(error)}") from None
+            raise NoAnswer(f"{where}: {self._http.reason(error)}") from None
         if status == 401:
             raise ConfigError(f"{where}: HTTP 401, the API key is missing or wrong; mend teacher.api_key_env")
         if status >= 500:
@@ -167,7 +167,7 @@ class TeacherServer:
         try:
             return json.loads(answer)
         except ValueError:
-            text = self._http.clean(answer.decode(errors="replace"))
+            text = self._http.text(answer)
             raise ScoringError(
                 f"{where}: the answer is not JSON: {text!r}; is this an SGLang server?"
             ) from None

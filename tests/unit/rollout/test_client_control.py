@@ -65,7 +65,7 @@ def test_weights_that_did_not_arrive_are_a_sync_error(update: Any, said: str) ->
     [
         (answering({"success": False, "message": "gone"}, 400), "gone"),
         (dropping, "no connection after 3 attempts"),
-        (answering("", 503), "HTTP 503"),
+        (answering("", 503), "HTTP 503: $"),
     ],
 )
 def test_a_failed_update_is_a_sync_error(handler: Handler, said: str) -> None:
