@@ -94,7 +94,7 @@ _HTTP = ("aiohttp", "requests", "httpx", "urllib.request", "urllib3", "http.clie
 CONFINED: dict[str, tuple[str, ...]] = {
     "megatron.training": (),
     "megatron": ("backend", "convert"),
-    **dict.fromkeys(_HTTP, ("rollout", "sync")),
+    **dict.fromkeys(_HTTP, ("rollout",)),
     **dict.fromkeys(
         ("torch", "transformers"),
         tuple(set(ALLOWED) - {"__init__", "errors", "records", "config", "environment"}),
