@@ -319,6 +319,11 @@ def _check_served_teacher(config: Config) -> None:
             "teacher.server and teacher.megatron are both set: a served teacher needs no checkpoint; remove "
             "one of the two"
         )
+    if teacher.pipeline_layers is not None:
+        raise ConfigError(
+            f"teacher.pipeline_layers is {list(teacher.pipeline_layers)} with teacher.server: a served "
+            "teacher has no layers on the ranks; set teacher.pipeline_layers=null"
+        )
     rollout = config.rollout
     students = {url.rstrip("/") for url in (*rollout.servers, *filter(None, [rollout.router]))}
     shared = [url for url in servers if url.rstrip("/") in students]

@@ -304,6 +304,11 @@ def test_values_out_of_range_are_refused(override, said):
             "remove one",
         ),
         (
+            ["teacher.server=http://t:1", "teacher.pipeline_layers=[2]"],
+            "teacher.pipeline_layers is [2] with teacher.server: a served teacher has no layers on the "
+            "ranks; set teacher.pipeline_layers=null",
+        ),
+        (
             ["teacher.server=[http://t:1, http://localhost:30000]"],
             "http://localhost:30000 is in both teacher.server and rollout.servers or rollout.router: the "
             "student's weights are loaded into the latter; serve the teacher on servers of its own",
