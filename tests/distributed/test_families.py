@@ -118,9 +118,9 @@ def test_the_full_gradient_equals_transformers(pool, folders, expected, tmp_path
 
 
 @pytest.mark.parametrize(("student", "layout"), PAIRS)
-def test_token_logprobs_equal_transformers(pool, folders, settings, expected, student, layout):
+def test_token_logprobs_equal_transformers(pool, folders, expected, tmp_path, student, layout):
     num_ranks, parallel = LAYOUTS[layout]
-    settings |= {"student": {"hf": str(folders[student])}, "parallel": parallel}
+    settings = replayed(tmp_path, folders[student], folders["teacher"], ROWS) | {"parallel": parallel}
     results = pool(num_ranks).run("tests.helpers.jobs:token_logprobs", settings)
     for model in ("student", "teacher"):
         found = {index: value for result in results for index, value in result[model].items()}
