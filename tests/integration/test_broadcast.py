@@ -355,7 +355,7 @@ class At:
                 self.happened.set()
 
 
-TORN = {"parallel": {"pipeline": 2}, "sync": {"timeout_s": 8}, "checkpoint": {"every": 1}}
+TORN = {"parallel": {"pipeline": 2}, "sync": {"timeout_s": 15}, "checkpoint": {"every": 1}}
 
 
 def torn(settings: dict[str, Any], url: str, student: Path) -> dict[str, Any]:
