@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-import json
 from typing import Any
 
 from megatron_scope.errors import RolloutError, ScopeError, SyncError
@@ -267,13 +266,7 @@ class ServerClient:
         if status != 200:
             kind = _of_server(failure) if status >= 500 or status in (408, 429) else failure
             raise kind(f"{where}: HTTP {status}: {self._http.message(answer)}")
-        if not parse:
-            return None
-        try:
-            return json.loads(answer)
-        except ValueError as error:
-            text = self._http.text(answer)
-            raise failure(f"{where}: the answer is not JSON: {text!r}; is this an SGLang server?") from error
+        return self._http.parsed(answer, path, failure) if parse else None
 
 
 def _of_server(failure: type[ScopeError]) -> type[ScopeError]:

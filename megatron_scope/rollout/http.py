@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -10,11 +11,12 @@ from typing import Any
 
 import aiohttp
 
+from megatron_scope.errors import ScopeError
 from megatron_scope.rollout.wire import one_line
 
 # Below the 5 s after which SGLang's HTTP server closes an idle connection, so that few are met closed.
 KEEP_ALIVE_S = 2.0
-# What `send` raises beside TimeoutError: anything, what a connection fails with, and what no URL is.
+# What `send` raises, beside TimeoutError, where there is no answer; the other two are among them.
 FAILURES = (aiohttp.ClientError, OSError)
 CONNECTION_FAILURES = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError)
 InvalidURL = aiohttp.InvalidURL
@@ -65,30 +67,37 @@ class HttpServer:
                     ) as response:
                         connection.has_answered = True
                         return response.status, await response.read()
-                except (aiohttp.ClientConnectionError, ConnectionError):
+                except CONNECTION_FAILURES:
                     if once or connection.has_answered or not connection.is_reused:
                         raise
 
     def reason(self, error: BaseException) -> str:
         """What an exception says, or else its type."""
-        return self.text(str(error)) or type(error).__name__
+        return self._line(error) or type(error).__name__
 
-    def text(self, told: str | bytes) -> str:
-        """What was told, on one line and without the key."""
-        line = one_line(told if isinstance(told, str) else told.decode(errors="replace"))
-        return line if not self._api_key else line.replace(self._api_key, "***")
+    def parsed(self, answer: bytes, path: str, failure: type[ScopeError]) -> Any:
+        """The JSON of a body; `failure` where it is none."""
+        try:
+            return json.loads(answer)
+        except ValueError as error:
+            raise failure(
+                f"{self.url}{path}: the answer is not JSON: {self._line(answer)!r}; is this an SGLang server?"
+            ) from error
 
     def message(self, answer: bytes) -> str:
         """What the body of an error says: SGLang writes error.message, error, or message."""
         told: object = answer
-        try:
+        with contextlib.suppress(ValueError):
             body = json.loads(answer)
-        except ValueError:
-            body = None
-        if isinstance(body, dict):
-            told = body.get("error", body.get("message", answer))
-            told = told.get("message", told) if isinstance(told, dict) else told
-        return self.text(told if isinstance(told, bytes) else str(told))
+            if isinstance(body, dict):
+                told = body.get("error", body.get("message", answer))
+                told = told.get("message", told) if isinstance(told, dict) else told
+        return self._line(told)
+
+    def _line(self, told: object) -> str:
+        """What was told, on one line and without the key."""
+        line = one_line(told.decode(errors="replace") if isinstance(told, bytes) else told)
+        return line if not self._api_key else line.replace(self._api_key, "***")
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:

@@ -162,15 +162,7 @@ class TeacherServer:
         if status != 200:
             what = f" to {names_of(scored)}" if scored else ""
             raise ScoringError(f"{where}: HTTP {status}{what}: {self._http.message(answer)}")
-        if not parse:
-            return None
-        try:
-            return json.loads(answer)
-        except ValueError:
-            text = self._http.text(answer)
-            raise ScoringError(
-                f"{where}: the answer is not JSON: {text!r}; is this an SGLang server?"
-            ) from None
+        return self._http.parsed(answer, path, ScoringError) if parse else None
 
 
 def names_of(requests: Sequence[ScoringRequest]) -> str:

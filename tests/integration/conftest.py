@@ -15,6 +15,7 @@ import yaml
 from tests.helpers import sglang
 from tests.helpers.models import save_qwen2
 from tests.helpers.ranks import RankPool
+from tests.helpers.rows import without_times
 from tests.helpers.settings import changed
 
 COMMAND = [sys.executable, "-m", "megatron_scope"]
@@ -182,11 +183,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in row.items() if key not in ("seconds", "tokens_per_second")}
-        for row in rows
-    ]
+    return without_times([json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()])
 
 
 # ---- runs that are long enough to learn something

@@ -82,6 +82,7 @@ def test_a_server_that_fails_in_mid_step_changes_nothing_of_the_run(
     assert process.returncode == 0, stderr
     assert f"warning: rollout server {urls[0]} is taken out: " in stderr
     for row, expected in zip(learnt(tmp_path / "on_two"), unharmed["learnt"], strict=True):
+        assert row.keys() == expected.keys()
         assert {key: (row[key], expected[key]) for key in row if row[key] != expected[key]} == {}
     found = rows(tmp_path / "on_two")
     assert [row for row, _ in found] == [row for row, _ in unharmed["rows"]]

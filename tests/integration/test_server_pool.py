@@ -97,12 +97,17 @@ class Step:
         return rollouts
 
 
-async def comes_back(server: SglangServer, version: int) -> None:
-    """Starts a killed server, with other weights than the published ones, and waits until it has those."""
+async def comes_back(step: Step, server: SglangServer, version: int) -> None:
+    """Starts a killed server, with the weights of its start, and a run that lasts until it has `version`."""
     await asyncio.to_thread(server.start)
     async with ServerClient(server.url, vocab_size=VOCAB_SIZE, options=CLIENT) as client:
-        while await client.weight_version() != version:
-            await asyncio.sleep(0.1)
+        assert await client.weight_version() is None
+
+        async def until_current() -> None:
+            while await client.weight_version() != version:
+                await asyncio.sleep(0.1)
+
+        await step.run(version, until_current)
 
 
 def greedy(server: SglangServer) -> tuple[int, ...]:
@@ -130,7 +135,7 @@ def test_a_killed_server_loses_no_sample_and_comes_back_on_its_port_with_current
             await step.run(1, kill)
             await step.publish(2)  # the other alone
             await step.run(2)
-            await step.run(2, lambda: comes_back(killed, 2))
+            await comes_back(step, killed, 2)
             await step.run(2)
 
     asyncio.run(run())
@@ -246,7 +251,7 @@ def test_behind_sglang_router_a_killed_server_loses_no_sample_and_what_is_stale_
             await step.publish(1)
             await step.run(1)
             await step.run(1, kill)
-            await step.run(1, lambda: comes_back(victim, 1))
+            await comes_back(step, victim, 1)
             await step.publish(2)
             await step.run(2)
 
